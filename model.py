@@ -282,11 +282,14 @@ class Transformer(nn.Module):
         self.inv_freq = inverse_frequencies(config)      # float32 whatever the weights are cast to, hence no buffer
 
     def init_weights(self, generator):
-        """Draw all matrices from N(0, 0.02), those that write to the residual stream smaller by sqrt(2 layers)."""
+        """Draw each matrix (rows, columns) from N(0, 1 / columns), what writes to the residual stream smaller by sqrt(2 layers).
+
+        At this size the usual 0.02 leaves attention flat for hundreds of steps, and nothing is copied from the prompt.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                small = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * self.config.num_hidden_layers) if small else 0.02, generator)
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, 0.0, (p.shape[1] * (2 * self.config.num_hidden_layers if residual else 1)) ** -0.5, generator)
         return self
 
     def forward(self, ids, positions=None, trunk=0, cache=None, head=None):
@@ -386,7 +389,7 @@ def _filtered(logits, temperature, top_k, top_p):
     """(probs, tokens), both (B, k), most probable first; what top-p removes has probability 0."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     k = min(top_k or logits.shape[-1], logits.shape[-1])
-    top, order = logits.topk(k, -1) if k < logits.shape[-1] else logits.sort(-1, descending=True, stable=True)
+    top, order = logits.topk(k, -1) if k < logits.shape[-1] else logits.sort(dim=-1, descending=True, stable=True)
     probs = top.softmax(-1)
     if top_p < 1:                                        # a token stays while those before it hold less than top_p
         probs = probs * (probs.cumsum(-1) - probs < top_p)
@@ -552,9 +555,16 @@ def saved_dtype(folder):
     return {"F32": torch.float32, "F16": torch.float16, "F64": torch.float32}.get(max(kinds, key=kinds.count), torch.bfloat16)
 
 
-def save_pretrained(model, folder, dtype=torch.bfloat16, copy_from=None, weights=None):
-    """Write a Hugging Face folder: weights as `dtype` in shards under 5 GB, config.json, and from the folder `copy_from`
-    everything that is neither weights nor config.json, byte for byte. Written beside, then renamed.
+def companions(folder):
+    """{name: bytes} of what stands beside the weights of a model folder: tokenizer, templates, licence. No config.json."""
+    keep = lambda p: p.is_file() and p.name != "config.json" and not p.name.startswith(".") and not p.name.endswith(".index.json") \
+        and p.suffix in ("", ".json", ".jinja", ".txt", ".model", ".md") and p.stat().st_size < 2**28
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if keep(p)}
+
+
+def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=None):
+    """Write a Hugging Face folder: weights as `dtype` in shards under 5 GB, config.json, and `files`, {name: bytes}, as
+    `companions` read them. Written beside, then renamed, so the folder is whole or not there.
 
     weights: {name: tensor} to write in place of model.state_dict() (gathered shards, merged adapters).
     """
@@ -582,10 +592,8 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, copy_from=None, weights
         total = sum(w.numel() for w in weights.values()) * dtype.itemsize
         write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(temporary / "config.json", model.config.to_dict(dtype))
-    for path in sorted(Path(copy_from).iterdir()) if copy_from else ():
-        if path.is_file() and path.name != "config.json" and path.suffix in (".json", ".jinja", ".txt", ".model", ".md", "") \
-                and not path.name.endswith(".index.json") and not path.name.startswith("."):
-            shutil.copyfile(path, temporary / path.name)
+    for name, content in (files or {}).items():
+        (temporary / name).write_bytes(content)
     replace_folder(temporary, folder)
 
 

@@ -61,7 +61,7 @@ class SAPOConfig:
     lam: float = setting(0.05, "ORPO: weight of the odds-ratio term", "authors' code", low=0)
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
     micro_batch: int = setting(8, "pairs in one forward pass, a process; changes memory, not the result", low=1)
-    segment: str = setting("256", "length of B: tokens, or a share of the response such as 50%%", "paper")
+    segment: str = setting("256", "length of B: tokens, or a share of the response such as 50%", "paper")
     alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", low=0, high=1)
     ema_every: str = setting("2", "optimizer steps between EMA updates, or 'epoch'", "paper")
     buffer_size: int = setting(2000, "pairs in the replay buffer, over all processes", "paper", low=1)
@@ -337,12 +337,12 @@ def scored_tokens(cfg):
     return {"score_on": cfg.score_on, "common": True, "nll_on": cfg.nll_on}
 
 
-def collate(pairs, share=True, score_on="response", common=True, nll_on=None):
+def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
     """Pairs as one Batch.
 
     share: one row a pair, [trunk | chosen | rejected], the trunk being all that both texts have in common except the
     last common token, which opens both branches, so that each label is a plain shift. Without it, two plain rows a
-    pair (first all chosen, then all rejected).
+    pair (first all chosen, then all rejected), or with sides=1 the chosen texts alone (supervised fine-tuning).
     score_on: "response" or "segment" (B and B' only); common: count tokens of the trunk too; nll_on: further labels
     for the chosen text, "response" or "prompt+response".
     """
@@ -370,8 +370,8 @@ def collate(pairs, share=True, score_on="response", common=True, nll_on=None):
         blocks = [[(texts[2 * i], 0, t, 0), (texts[2 * i], t, None, P), (texts[2 * i + 1], t, None, P + S)] for i, t in enumerate(trunks)]
         width = P + 2 * S
     else:
-        blocks = [[(text, 0, None, 0)] for text in texts[::2] + texts[1::2]]
-        width = max(len(text) for text, *_ in texts) - 1
+        blocks = [[(text, 0, None, 0)] for text in texts[::2] + (texts[1::2] if sides == 2 else [])]
+        width = max(len(block[0][0][0]) for block in blocks) - 1
     ids, labels = np.zeros((len(blocks), width), np.int64), np.full((len(blocks), width), IGNORE)
     positions, scored = np.tile(np.arange(width), (len(blocks), 1)), np.zeros((len(blocks), width), bool)
     for row, pieces in enumerate(blocks):

@@ -1,0 +1,306 @@
+"""The losses: against a loop of Python floats, against TRL, and where float32 runs out of digits."""
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import oracle, random_texts, small_hf_model, small_model
+
+import losses
+import sapo
+from buffer import Pair
+from losses import IGNORE, dpo_loss, log1mexp, log_odds, orpo_loss, token_logps
+from model import load_pretrained
+from sapo import SAPOConfig, collate, preference_loss, score, scored_tokens
+
+EDGES = [0.0, -1e-12, -1e-8, -1e-4, -math.log(2), -1.0, -50.0, -1e4]      # mean log-probs
+
+
+def logsigmoid(x):
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def some_logps(n, seed, low=-6.0, high=-0.01):
+    rng = random.Random(seed)
+    return [rng.uniform(low, high) for _ in range(n)]
+
+
+def tensors(*lists, dtype=torch.float64):
+    return [torch.tensor(x, dtype=dtype) for x in lists]
+
+
+# ---------------------------------------------------------------- DPO
+
+def test_dpo_is_what_a_loop_of_floats_says():
+    beta, rows = 0.37, list(zip(*(some_logps(9, seed, -80, 0) for seed in range(4))))
+    loss, up, down = dpo_loss(*tensors(*zip(*rows)), beta)
+    for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(rows):
+        assert up[i].item() == pytest.approx(beta * (chosen - ref_chosen), abs=1e-12)
+        assert down[i].item() == pytest.approx(beta * (rejected - ref_rejected), abs=1e-12)
+        assert loss[i].item() == pytest.approx(-logsigmoid(beta * (chosen - ref_chosen - rejected + ref_rejected)), rel=1e-12)
+
+
+def test_the_first_dpo_loss_is_ln_2():
+    """The policy is its own reference then, whatever the texts and whatever beta."""
+    chosen, rejected = tensors(some_logps(5, 1), some_logps(5, 2))
+    loss, up, down = dpo_loss(chosen, rejected, chosen, rejected, beta=0.7)
+    assert torch.allclose(loss, torch.full_like(loss, math.log(2)), atol=1e-15) and not up.any() and not down.any()
+
+
+def test_dpo_falls_as_the_margin_grows():
+    chosen = torch.linspace(-300, 300, 61, dtype=torch.float64)
+    loss = dpo_loss(chosen, *tensors([-3.0], [-5.0], [-4.0]), beta=0.1)[0]
+    assert (loss.diff() < 0).all()
+
+
+def test_the_dpo_gradient_raises_chosen_and_lowers_rejected_alike():
+    chosen, rejected = (x.requires_grad_() for x in tensors(some_logps(6, 3), some_logps(6, 4)))
+    dpo_loss(chosen, rejected, *tensors(some_logps(6, 5), some_logps(6, 6)), beta=0.3)[0].sum().backward()
+    assert (chosen.grad < 0).all() and torch.allclose(rejected.grad, -chosen.grad)
+
+
+def test_the_dpo_gradient_is_beta_times_how_wrong_the_margin_is():
+    """DPO, the equation after 7: beta sigmoid(rejected reward - chosen reward)."""
+    beta, (chosen, rejected, ref) = 0.45, tensors(some_logps(6, 7), some_logps(6, 8), some_logps(6, 9))
+    chosen.requires_grad_()
+    loss, up, down = dpo_loss(chosen, rejected, ref, 2 * ref, beta)
+    loss.sum().backward()
+    assert torch.allclose(-chosen.grad, beta * torch.sigmoid(down - up))
+
+
+def test_dpo_stays_finite_at_any_margin():
+    chosen = torch.tensor([-1e6, 0.0, 1e6], requires_grad=True)
+    loss = dpo_loss(chosen, -chosen.detach(), torch.zeros(3), torch.zeros(3), beta=2.0)[0]
+    loss.sum().backward()
+    assert loss.isfinite().all() and chosen.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------- ORPO
+
+def test_orpo_is_what_a_loop_of_floats_says():
+    lam, rows = 0.23, list(zip(some_logps(9, 1, 0.1, 5), some_logps(9, 2), some_logps(9, 3)))
+    loss, up, down = orpo_loss(*tensors(*zip(*rows)), lam)
+    for i, (nll, chosen, rejected) in enumerate(rows):
+        odds = [math.exp(x) / (1 - math.exp(x)) for x in (chosen, rejected)]
+        assert loss[i].item() == pytest.approx(nll - lam * logsigmoid(math.log(odds[0] / odds[1])), rel=1e-9)
+        assert (up[i].item(), down[i].item()) == pytest.approx((lam * chosen, lam * rejected))
+
+
+def test_orpo_without_lam_is_supervised_fine_tuning():
+    nll, chosen, rejected = (x.requires_grad_() for x in tensors(some_logps(4, 1, 0, 3), some_logps(4, 2), some_logps(4, 3)))
+    loss, *_ = orpo_loss(nll, chosen, rejected, lam=0)
+    loss.sum().backward()
+    assert torch.equal(loss, nll) and (nll.grad == 1).all() and not chosen.grad.any() and not rejected.grad.any()
+
+
+def test_the_orpo_gradient_raises_chosen_and_lowers_rejected():
+    nll, chosen, rejected = tensors([1.0] * 6, some_logps(6, 3), some_logps(6, 4))
+    orpo_loss(nll, chosen.requires_grad_(), rejected.requires_grad_(), lam=0.3)[0].sum().backward()
+    assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
+
+
+@pytest.mark.parametrize("rejected", EDGES)
+@pytest.mark.parametrize("chosen", EDGES)
+def test_orpo_is_finite_in_float32(chosen, rejected):
+    """Values and gradients, also where both texts are certain (log-prob 0) or nearly agree: the regime SAPO lives in."""
+    nll, chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-chosen, chosen, rejected))
+    loss, *_ = orpo_loss(nll, chosen, rejected, lam=0.5)
+    loss.sum().backward()
+    assert all(x.isfinite().all() for x in (loss, chosen.grad, rejected.grad))
+
+
+@pytest.mark.parametrize("x", EDGES)
+def test_log_odds_are_finite_in_float32(x):
+    logp = torch.tensor([x], requires_grad=True)
+    value = log_odds(logp)
+    value.sum().backward()
+    assert value.isfinite().all() and logp.grad.isfinite().all() and logp.grad >= 0
+
+
+def test_log_odds_are_those_of_the_probability():
+    p = torch.tensor([0.999, 0.75, 0.5, 0.2, 1e-9], dtype=torch.float64)
+    assert torch.allclose(log_odds(p.log()), torch.logit(p), atol=1e-12)
+
+
+@pytest.mark.parametrize("x", [-1e-11, -1e-8, -1e-4, -0.1, -0.5, -0.69, -0.6931, -0.69315, -0.7, -1.0, -2.0, -10.0, -16.0, -40.0])
+def test_log1mexp_keeps_its_digits_in_float32(x):
+    x = torch.tensor(x).item()                           # the float32 nearest to x
+    exact = math.log(-math.expm1(x)) if x > -math.log(2) else math.log1p(-math.exp(x))
+    assert log1mexp(torch.tensor(x)).item() == pytest.approx(exact, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("x", [-1e-6, -1e-3, -0.3, -0.69, -0.7, -3.0, -30.0])
+def test_the_gradient_of_log1mexp_is_right_on_both_sides_of_ln_2(x):
+    logp = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    log1mexp(logp).backward()
+    assert logp.grad.item() == pytest.approx(1 / -math.expm1(-x), rel=1e-9)     # d/dx log(1 - e^x) = 1 / (1 - e^-x)
+
+
+# ---------------------------------------------------------------- log-probs of tokens
+
+def some_tokens(dtype=torch.float64, B=3, T=7, D=5, V=11, seed=0):
+    """hidden (B, T, D), weight (V, D), labels (B, T) of which a third is not scored, and random weights for a sum of them."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(B, T, D, generator=g).to(dtype), torch.randn(V, D, generator=g).to(dtype)
+    labels = torch.randint(V, (B, T), generator=g)
+    labels[torch.rand(B, T, generator=g) < 1 / 3] = IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, torch.randn(B, T, generator=g, dtype=torch.float64)
+
+
+def gathered(hidden, weight, labels):
+    logps = (hidden @ weight.T).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return torch.where(labels == IGNORE, 0.0, logps)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4, 1000])
+def test_token_logps_are_the_log_softmax_at_the_labels(chunk):
+    hidden, weight, labels, mix = some_tokens()
+    expected = gathered(hidden, weight, labels)
+    wanted = torch.autograd.grad((expected * mix).sum(), (hidden, weight))
+    result = token_logps(hidden, weight, labels, chunk)
+    got = torch.autograd.grad((result * mix).sum(), (hidden, weight))
+    assert torch.allclose(result, expected, atol=1e-13, rtol=0)
+    assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(got, wanted))
+
+
+def test_tokens_without_a_label_count_zero():
+    hidden, weight, labels, _ = some_tokens()
+    assert (labels == IGNORE).any() and not token_logps(hidden, weight, labels)[labels == IGNORE].any()
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_the_head_does_not_run_where_there_is_no_label(chunk):
+    hidden, weight, labels, _ = some_tokens()
+    poisoned = hidden.detach().clone()
+    poisoned[labels == IGNORE] = torch.nan
+    poisoned.requires_grad_()
+    token_logps(poisoned, weight, labels, chunk).sum().backward()
+    assert weight.grad.isfinite().all() and not poisoned.grad[labels == IGNORE].any()
+
+
+def test_chunks_are_small_and_computed_again_in_the_backward_pass(monkeypatch):
+    hidden, weight, labels, _ = some_tokens()
+    sizes, plain = [], losses._label_logps
+    monkeypatch.setattr(losses, "_label_logps", lambda rows, *more: sizes.append(len(rows)) or plain(rows, *more))
+    result = token_logps(hidden, weight, labels, chunk=4)
+    forward, n = list(sizes), int((labels != IGNORE).sum())
+    result.sum().backward()
+    assert sum(forward) == n and max(forward) <= 4 and sum(sizes) == 2 * n
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_batch_without_any_label_has_log_probs_and_gradients_of_zero(chunk):
+    hidden, weight, labels, _ = some_tokens()
+    result = token_logps(hidden, weight, torch.full_like(labels, IGNORE), chunk)
+    result.sum().backward()
+    assert result.shape == labels.shape and not result.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_goes_in_and_float32_comes_out(dtype):
+    hidden, weight, labels, _ = some_tokens(dtype)
+    result, exact = token_logps(hidden, weight, labels), gathered(hidden.double(), weight.double(), labels)
+    assert result.dtype == torch.float32 and torch.allclose(result.double(), exact, atol=0.1, rtol=0)
+    again = result.to(dtype)                             # what a log-softmax in half precision could at best give
+    assert not torch.equal(result, again.float()), "the log-probs were rounded to half precision"
+
+
+def test_float64_stays_float64():
+    assert token_logps(*some_tokens()[:3]).dtype == torch.float64
+
+
+# ---------------------------------------------------------------- TRL
+
+WORDS = ["<pad>", "</s>", "<unk>"] + [f"w{i}" for i in range(40)]
+
+
+def word_tokenizer():
+    tokenizers, transformers = oracle("tokenizers"), oracle("transformers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def preference_rows():
+    """Texts of SAPO's form, y- = A + B' + C, of unequal lengths, for TRL to read as text."""
+    text = lambda ids: " ".join(WORDS[i % 40 + 3] for i in ids)
+    rows = []
+    for i, (x, a, b, c) in enumerate([(3, 2, 4, 3), (6, 0, 2, 1), (1, 5, 3, 2), (4, 1, 1, 6)]):
+        prompt, start, segment, new, end = random_texts([x, a, b, b, c], seed=i)
+        rows.append({"prompt": text(prompt), "chosen": " " + text(start + segment + end), "rejected": " " + text(start + new + end)})
+    return rows
+
+
+def trl_setup(tmp_path, trainer, config, rows, **settings):
+    """(TRL's trainer on a random policy, our copy of the policy, its batch of all rows, the same rows as Pairs)."""
+    datasets = oracle("datasets")
+    models = {}
+    for seed, name in enumerate(("policy", "reference")):
+        models[name] = small_hf_model(seed=seed, vocab_size=len(WORDS))
+        models[name].save_pretrained(tmp_path / name)
+    more = {"ref_model": models["reference"]} if "DPO" in trainer.__name__ else {}
+    args = config(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", max_length=64, **settings)
+    theirs = trainer(model=models["policy"], args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=word_tokenizer(), **more)
+    batch = theirs.data_collator(list(theirs.train_dataset))
+    pairs = []
+    for row in theirs.train_dataset:
+        ids = lambda *names: next(list(row[n]) for n in names if row.get(n) is not None)
+        prompt = ids("prompt_ids", "prompt_input_ids")
+        answers = [ids(f"{side}_ids", f"{side}_input_ids") for side in ("chosen", "rejected")]
+        pairs.append(Pair(prompt, *(a[len(prompt):] if "chosen_input_ids" in row else a for a in answers)))
+    return theirs, load_pretrained(tmp_path / "policy"), batch, pairs
+
+
+def assert_same_gradient(ours, theirs):
+    theirs = dict(theirs.named_parameters())
+    assert max(p.grad.abs().max() for p in ours.parameters()) > 0.01
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad, theirs[name].grad, atol=2e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_dpo_on_a_batch_is_trls(tmp_path, share):
+    """From text on TRL's side: the same tokens, policy and reference give the same loss, rewards and gradient."""
+    trl, cfg = oracle("trl"), SAPOConfig(loss="dpo", beta=0.21)
+    trainer, policy, batch, pairs = trl_setup(tmp_path, trl.DPOTrainer, trl.DPOConfig, preference_rows(), beta=cfg.beta)
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+
+    batch = collate(pairs, share, **scored_tokens(cfg))
+    with torch.no_grad():
+        reference = score(load_pretrained(tmp_path / "reference"), batch)
+    loss, parts = preference_loss(policy, batch, cfg, reference)
+    loss.mean().backward()
+    assert loss.mean().item() == pytest.approx(theirs.item(), rel=1e-5) and abs(theirs.item() - math.log(2)) > 0.05
+    margin = trainer._metrics["eval"]["rewards/margins"][-1]      # TRL's rewards hold A, in both alike: only their gap compares
+    assert parts["rewards/margins"].mean().item() == pytest.approx(margin, rel=1e-4)
+    assert_same_gradient(policy, trainer.model)
+
+
+def test_the_odds_ratio_term_is_trls():
+    from types import SimpleNamespace
+    oracle("trl")
+    ORPOTrainer, beta = oracle("trl.experimental.orpo").ORPOTrainer, 0.31
+    chosen, rejected = tensors(some_logps(50, 1, -9, -1e-3), some_logps(50, 2, -9, -1e-3), dtype=torch.float32)
+    trainer = SimpleNamespace(beta=beta, accelerator=SimpleNamespace(device="cpu"))
+    theirs, their_up, their_down, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)
+    loss, up, down = orpo_loss(torch.zeros(50), chosen, rejected, beta)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in ((-loss, theirs), (up, their_up), (down, their_down)))
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_orpo_on_one_pair_is_trls(tmp_path, row):
+    """One pair, because TRL's NLL is a mean over the batch's tokens and ours over each pair's."""
+    oracle("trl")
+    orpo, cfg = oracle("trl.experimental.orpo"), SAPOConfig(loss="orpo", lam=0.43, nll_on="prompt+response")
+    trainer, policy, batch, pairs = trl_setup(tmp_path, orpo.ORPOTrainer, orpo.ORPOConfig, preference_rows()[row:row + 1], beta=cfg.lam)
+    theirs, logged = trainer.get_batch_loss_metrics(trainer.model, batch)
+    theirs.backward()
+
+    loss, parts = preference_loss(policy, collate(pairs, **scored_tokens(cfg)), cfg)
+    loss.mean().backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"):
+        assert parts[name].item() == pytest.approx(logged[name], rel=1e-4, abs=1e-6), name
+    assert_same_gradient(policy, trainer.model)

@@ -1,0 +1,785 @@
+"""The decoder: transformers' logits from transformers' folders, one-sentence refusals, and generation that a slow loop repeats."""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import model as code
+from buffer import Pair
+from model import (BadInput, KVCache, ModelConfig, RMSNorm, Transformer, companions, generate, load_pretrained, sample,
+                   save_pretrained, saved_dtype, twin)
+from sapo import SAPOConfig, collate, preference_loss, score, scored_tokens
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}        # of these five waves one is left alone, one blended, three slowed
+LINEAR = {"rope_type": "linear", "rope_theta": THETA, "factor": 3.0}
+
+
+def load_theirs(folder, **more):
+    return oracle("transformers").AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **({"dtype": torch.float32} | more)).eval()
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs, length=90, vocab=NUMBERS["vocab_size"]):
+    ids = torch.tensor(random_texts([length, length], vocab))
+    expected = theirs(ids).logits
+    assert expected.std() > 0.5, "logits near 0 agree with anything"
+    assert (ours(ids) - expected).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- the logits are transformers'
+
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", dict(tie_word_embeddings=True)),
+    "llama, a key-value head for each query head": ("llama", dict(num_key_value_heads=6)),
+    "llama, one key-value head": ("llama", dict(num_key_value_heads=1)),
+    "llama, head_dim null": ("llama", dict(head_dim=None)),
+    "llama, attention bias": ("llama", dict(attention_bias=True)),
+    "llama, mlp bias": ("llama", dict(mlp_bias=True)),
+    "llama, linear rope beyond its length": ("llama", dict(rope_parameters=LINEAR, max_position_embeddings=16)),
+    "llama, llama3 rope beyond its length": ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=64)),
+    "mistral, no window": ("mistral", dict(sliding_window=None)),
+    "mistral, beyond its window": ("mistral", dict(sliding_window=5)),
+    "qwen2": ("qwen2", {}),
+    "qwen2, beyond its window": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=0)),
+    "qwen3": ("qwen3", {}),
+    "qwen3, tied, attention bias": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_the_logits_are_those_of_transformers(tmp_path, case):
+    family, numbers = FAMILIES[case]
+    theirs = small_hf_model(family, **numbers)
+    theirs.save_pretrained(tmp_path)
+    assert_same_logits(load_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": THETA}, LINEAR, LLAMA3], ids=["default", "linear", "llama3"])
+def test_a_config_of_transformers_4_gives_the_same_logits(tmp_path, rope, key):
+    theirs = small_hf_model(rope_parameters=rope)
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, **transformers_4(read(tmp_path), key))
+    assert_same_logits(load_pretrained(tmp_path), theirs)
+    assert_same_logits(load_pretrained(tmp_path), load_theirs(tmp_path))     # who reads the old dialect the same way
+
+
+def transformers_4(config, key):
+    """What to change in a config.json of transformers 5 to make it one of transformers 4; None removes a key."""
+    rope = dict(config["rope_parameters"])
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+    scaling = None if kind == "default" else {key: kind, **rope}
+    return {"rope_parameters": None, "dtype": None, "rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
+
+
+@pytest.mark.parametrize("raw", [
+    {"rope_theta": 7e4},
+    {"rope_theta": 7e4, "rope_scaling": None},
+    {"rope_theta": 7e4, "rope_parameters": {"rope_type": "default", "rope_theta": 9e5}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 9e5}, "rope_scaling": {}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 9e5}, "rope_scaling": {"type": "linear", "factor": 2.5}},
+    {"rope_theta": 7e4, "rope_parameters": {"rope_type": "default", "rope_theta": 9e5}, "rope_scaling": {"rope_type": "linear", "factor": 4.5}},
+    {},
+])
+def test_rope_numbers_are_read_as_transformers_reads_them(raw):
+    """Reading only one dialect gives theta 10000 without a word."""
+    theirs = oracle("transformers").LlamaConfig.from_dict(NUMBERS | raw).rope_parameters
+    theirs.pop("type", None)                             # the old name of rope_type, which stands beside it then
+    ours = ModelConfig.from_dict({"model_type": "llama"} | NUMBERS | raw)
+    assert {"rope_theta": ours.rope_theta, **ours.rope} == theirs
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 10_000.0}, {"rms_norm_eps": 1e-6}, {"sliding_window": 5}, {"qk_norm": True},
+                                    {"rope": {k: v for k, v in LINEAR.items() if k != "rope_theta"}},
+                                    {"rope": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}], ids=lambda c: next(iter(c)))
+def test_the_small_models_notice_each_number(change):
+    """Else the comparisons above prove nothing."""
+    right, wrong, ids = small_model(), small_model(), torch.tensor(random_texts([90]))
+    wrong = Transformer(ModelConfig(**(NUMBERS | {"rope_theta": THETA} | change))).double()
+    wrong.load_state_dict(right.state_dict(), strict=False)
+    assert (right(ids) - wrong(ids)).abs().max() > 0.1
+
+
+def test_the_logits_of_stories260k_are_those_of_transformers(shared):
+    folder = shared / "models/stories260K"
+    assert_same_logits(load_pretrained(folder), load_theirs(folder), length=400, vocab=512)
+
+
+@pytest.mark.slow
+def test_the_logits_of_smollm2_are_those_of_transformers():
+    if not os.environ.get("SMOLLM2"):
+        pytest.skip("SMOLLM2 does not say where SmolLM2 is")
+    ours, theirs = load_pretrained(os.environ["SMOLLM2"]), load_theirs(os.environ["SMOLLM2"])
+    assert_same_logits(ours, theirs, length=100, vocab=ours.config.vocab_size)
+
+
+def test_one_token_alone_has_logits():
+    model, ids = small_model(), torch.tensor([[7, 8, 9]])
+    assert torch.allclose(model(ids[:, :1])[:, 0], model(ids)[:, 0], atol=1e-12)
+
+
+def test_a_head_is_given_the_hidden_states_and_the_heads_weight():
+    model, ids = small_model(), torch.tensor(random_texts([9]))
+    assert torch.equal(model(ids, head=F.linear), model(ids))
+
+
+def test_what_stands_after_a_token_does_not_reach_it():
+    """So padding on the right needs no mask."""
+    model, (text,) = small_model(), random_texts([9])
+    assert torch.allclose(model(torch.tensor([text + [0] * 5]))[:, :9], model(torch.tensor([text])), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rmsnorm_is_that_of_transformers_to_the_bit(dtype):
+    oracle("transformers")
+    theirs = oracle("transformers.models.llama.modeling_llama").LlamaRMSNorm(24, 3e-3).to(dtype)
+    ours, x = RMSNorm(24, 3e-3).to(dtype), 20 * torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours.weight.copy_(torch.linspace(0.3, 1.7, 24))
+        theirs.weight.copy_(ours.weight)
+    assert torch.equal(ours(x.to(dtype)), theirs(x.to(dtype)))
+
+
+def test_rotary_frequencies_stay_float32_when_the_model_is_cast():
+    assert torch.equal(small_model().bfloat16().inv_freq, small_model().inv_freq)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_and_runs_blocks_twice():
+    cfg, calls = SAPOConfig(loss="orpo", lam=0.3), []
+    batch, model = collate(some_pairs(), **scored_tokens(cfg)), small_model(sliding_window=6)
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(model.gradient_checkpointing))
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        preference_loss(model, batch, cfg)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert calls == [False, True, True] and all(torch.allclose(a, b, atol=1e-13) for a, b in zip(*gradients))
+
+
+def test_fresh_weights_come_from_the_generator_and_keep_the_size_of_what_they_multiply():
+    """One over the root of a matrix's columns, and less where two layers write twice each to the residual stream."""
+    fresh = lambda seed: Transformer(small_model().config).init_weights(torch.Generator().manual_seed(seed)).state_dict()
+    weights = fresh(3)
+    assert all(torch.equal(w, fresh(3)[name]) for name, w in weights.items())
+    assert not torch.equal(weights["lm_head.weight"], fresh(4)["lm_head.weight"])
+    assert weights["model.layers.1.self_attn.q_proj.weight"].std() == pytest.approx(24 ** -0.5, rel=0.1)
+    assert weights["model.layers.1.self_attn.o_proj.weight"].std() == pytest.approx((60 * 4) ** -0.5, rel=0.1)
+
+
+# ---------------------------------------------------------------- folders out and in
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_saved_model_is_the_same_model_to_transformers(tmp_path, case):
+    family, numbers = FAMILIES[case]
+    before = small_hf_model(family, **numbers)
+    before.save_pretrained(tmp_path / "theirs")
+    save_pretrained(load_pretrained(tmp_path / "theirs"), tmp_path / "ours", torch.float32)
+    after = load_theirs(tmp_path / "ours").state_dict()
+    assert all(torch.equal(w, after[name]) for name, w in before.state_dict().items())
+    assert read(tmp_path / "ours") == read(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True), dict(rope={k: v for k, v in LLAMA3.items() if k != "rope_theta"}),
+                                     dict(qkv_bias=True, o_bias=True, mlp_bias=True)], ids=["plain", "tied", "llama3", "biases"])
+def test_a_model_built_by_hand_saves_as_a_llama(tmp_path, changes):
+    model = small_model(dtype=torch.float32, **changes)
+    save_pretrained(model, tmp_path / "out", torch.float32)
+    assert_same_logits(model, load_theirs(tmp_path / "out"))
+    assert_same_logits(load_pretrained(tmp_path / "out"), load_theirs(tmp_path / "out"))
+
+
+def test_a_model_in_shards_loads_here_and_in_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(code, "SHARD_BYTES", 9000)
+    model = small_model(dtype=torch.float32)
+    save_pretrained(model, tmp_path / "out", torch.float32)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and not (tmp_path / "out/model.safetensors").exists()
+    assert all(sum(t.nbytes for t in load_file(f).values()) <= 9000 or len(load_file(f)) == 1 for f in files)
+    assert_same_logits(load_pretrained(tmp_path / "out"), load_theirs(tmp_path / "out"))
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in load_pretrained(tmp_path / "out").state_dict().items())
+
+
+def test_the_shards_of_transformers_load_here(tmp_path):
+    theirs = small_hf_model(tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path, max_shard_size="9KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_logits(load_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_stored_in_half_precision_load_as_float32(tmp_path, dtype):
+    small_hf_model().to(dtype).save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    assert saved_dtype(tmp_path) == dtype and {p.dtype for p in ours.parameters()} == {torch.float32}
+    assert_same_logits(ours, load_theirs(tmp_path))
+
+
+def test_a_model_loads_in_the_dtype_asked_for(tmp_path):
+    save_pretrained(small_model(), tmp_path / "out", torch.float32)
+    assert {p.dtype for p in load_pretrained(tmp_path / "out", torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+def test_everything_loaded_trains(tmp_path):
+    save_pretrained(small_model(tie_word_embeddings=True), tmp_path / "out", torch.float32)
+    model = load_pretrained(tmp_path / "out")
+    model(torch.tensor(random_texts([8]))).logsumexp(-1).sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in model.parameters())
+
+
+def test_bfloat16_is_what_is_written_unless_told_otherwise(tmp_path):
+    save_pretrained(small_model(), tmp_path / "out")
+    assert saved_dtype(tmp_path / "out") == torch.bfloat16 and read(tmp_path / "out")["dtype"] == "bfloat16"
+
+
+def test_only_the_dtype_changes_in_config_json(tmp_path):
+    base = good_folder(tmp_path / "in", use_cache=True, some_future_key=[1, {"a": None}], torch_dtype="float16", dtype=None)
+    save_pretrained(load_pretrained(base), tmp_path / "out", torch.bfloat16)
+    assert read(tmp_path / "out") == read(base) | {"torch_dtype": "bfloat16"}
+
+
+def test_saved_weights_say_their_format(tmp_path):
+    """transformers refuses a file whose metadata lacks it."""
+    with safe_open(good_folder(tmp_path / "in") / "model.safetensors", "pt") as f:
+        assert f.metadata() == {"format": "pt"}
+
+
+def test_other_files_are_copied_byte_for_byte_and_weights_are_not(tmp_path):
+    base = good_folder(tmp_path / "in")
+    wanted = {"generation_config.json": b"{not json, \xff", "tokenizer.json": b"{ }\r\n", "chat_template.jinja": b"{{ x }}\n\n", "LICENSE": b"free"}
+    unwanted = {"pytorch_model.bin": b"1", "model.safetensors.index.json": b"{}", "model-00001-of-00001.safetensors": b"2", "optimizer.pt": b"3"}
+    for name, content in (wanted | unwanted).items():
+        (base / name).write_bytes(content)
+    save_pretrained(load_pretrained(base), tmp_path / "out", files=companions(base))
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {*wanted, "config.json", "model.safetensors"}
+    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in wanted.items())
+
+
+def test_a_save_that_fails_leaves_the_old_folder_alone(tmp_path, monkeypatch):
+    base = good_folder(tmp_path / "model")
+    before = {f.name: f.read_bytes() for f in base.iterdir()}
+    monkeypatch.setattr(code, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_pretrained(small_model(seed=9), base)
+    assert {f.name: f.read_bytes() for f in base.iterdir()} == before
+
+
+def test_saving_again_replaces_the_folder_whole(tmp_path):
+    base = good_folder(tmp_path / "model")
+    (base / "stale.txt").write_text("old")
+    save_pretrained(small_model(seed=9, dtype=torch.float32), base, torch.float32)
+    assert {f.name for f in base.iterdir()} == {"config.json", "model.safetensors"} and list(tmp_path.iterdir()) == [base]
+    assert torch.equal(load_pretrained(base).lm_head.weight, small_model(seed=9, dtype=torch.float32).lm_head.weight)
+
+
+def test_a_folder_may_be_saved_onto_itself(tmp_path):
+    base = good_folder(tmp_path / "model")
+    (base / "tokenizer.json").write_text("{}")
+    save_pretrained(load_pretrained(base), base, torch.float32, files=companions(base))
+    assert (base / "tokenizer.json").read_text() == "{}" and load_pretrained(base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tied_head_that_is_stored_as_well_loads_wherever_it_lies(tmp_path, first, dtype):
+    base = good_folder(tmp_path, tied=True)
+    in_two_files(base, {"lm_head.weight": load_file(base / "model.safetensors")["model.embed_tokens.weight"]}, first)
+    model = load_pretrained(base, dtype)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def in_two_files(base, more, first):
+    """Turn a folder into one with an index, `more` tensors in a file of their own, named first or last in the index."""
+    (base / "model.safetensors").rename(base / "b.safetensors")
+    save_file(more, base / "a.safetensors", {"format": "pt"})
+    a, b = dict.fromkeys(more, "a.safetensors"), dict.fromkeys(load_file(base / "b.safetensors"), "b.safetensors")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": a | b if first else b | a}))
+
+
+def test_stored_rotary_frequencies_are_ignored(tmp_path):
+    base = good_folder(tmp_path)
+    before = load_pretrained(base)
+    change_weights(lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(5)}))(base)
+    ids = torch.tensor(random_texts([9]))
+    assert torch.equal(load_pretrained(base)(ids), before(ids))
+
+
+# ---------------------------------------------------------------- what is refused, and in how many words
+
+def read(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit(folder, **changes):
+    """Change keys of config.json; None removes a key, unless it stands there as a default."""
+    config = {k: v for k, v in (read(folder) | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def good_folder(folder, tied=False, **changes):
+    save_pretrained(small_model(tie_word_embeddings=tied), folder / "x", torch.float32)      # saved inside, as folder may exist
+    for file in (folder / "x").iterdir():
+        file.rename(folder / file.name)
+    (folder / "x").rmdir()
+    edit(folder, **changes)
+    return folder
+
+
+def config(**changes):
+    return lambda folder: edit(folder, **changes)
+
+
+def change_weights(change):
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return damage
+
+
+def bytes_of(change, file="model.safetensors"):
+    return lambda folder: (folder / file).write_bytes(change((folder / file).read_bytes()))
+
+
+def index(table, whole=False):
+    """An index in place of the one file, with the entries `table` in its map; or, if whole, `table` is all that it says."""
+    def damage(folder):
+        (folder / "model.safetensors").rename(folder / "part.safetensors")
+        names = dict.fromkeys(load_file(folder / "part.safetensors"), "part.safetensors")
+        value = table if whole else {"weight_map": names | table}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(value))
+    return damage
+
+
+def rope(**numbers):
+    return config(rope_parameters={"rope_theta": THETA} | numbers)
+
+
+def layer(name):
+    return f"model.layers.1.{name}.weight"
+
+
+REFUSED = {     # what is wrong: (how to make it so, a word that the sentence must say)
+    "an unknown family": (config(model_type="gpt2"), "gpt2"),
+    "no family": (config(model_type=None), "model_type"),
+    "a family that is a list": (config(model_type=["llama"]), "model_type"),
+    "rope yarn": (rope(rope_type="yarn", factor=4.0), "yarn"),
+    "rope yarn, old dialect": (config(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
+    "rope dynamic": (config(rope_scaling={"type": "dynamic", "factor": 4.0}), "dynamic"),
+    "a rope type that is a list": (config(rope_scaling={"type": ["linear"]}), "rope type"),
+    "rope that is a string": (config(rope_scaling="linear"), "rope_scaling"),
+    "linear rope without a factor": (rope(rope_type="linear"), "factor"),
+    "llama3 rope without its length": (rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), "original_max_position_embeddings"),
+    "llama3 rope the wrong way round": (rope(**LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 1.0}), "high_freq_factor"),
+    "theta of 0": (rope(rope_theta=0), "rope_theta"),
+    "theta below 0": (rope(rope_theta=-1.0), "rope_theta"),
+    "theta infinite": (rope(rope_theta=float("inf")), "rope_theta"),
+    "theta as text": (rope(rope_theta="1e6"), "rope_theta"),
+    "rotary positions on a part of the head": (config(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "partial rotary inside rope_parameters": (rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "gelu": (config(hidden_act="gelu"), "gelu"),
+    "quantised weights": (config(quantization_config={"quant_method": "awq"}), "quantised"),
+    "a mixture of experts": (config(num_local_experts=8), "experts"),
+    "a mixture of experts, qwen's key": (config(num_experts=8), "experts"),
+    "an odd head_dim": (config(head_dim=9), "head_dim"),
+    "heads that do not share evenly": (config(num_key_value_heads=4), "key-value heads"),
+    "hidden_size not a multiple of the heads": (config(hidden_size=25, head_dim=None), "hidden_size"),
+    "a window on some layers": (config(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1), "window"),
+    "unknown layers": (config(layer_types=["full_attention", "linear_attention"]), "linear_attention"),
+    "layer_types that is a number": (config(layer_types=3), "layer_types"),
+    "layer_types that is nested": (config(layer_types=[["full_attention"]]), "layer_types"),
+    "a size as text": (config(hidden_size="24"), "hidden_size"),
+    "a size that is true": (config(vocab_size=True), "vocab_size"),
+    "a size of 0": (config(num_attention_heads=0), "num_attention_heads"),
+    "a size below 0": (config(num_hidden_layers=-1), "num_hidden_layers"),
+    "a size with a fraction": (config(intermediate_size=28.5), "intermediate_size"),
+    "a size that is missing": (config(vocab_size=None), "vocab_size"),
+    "eps that is not a number": (config(rms_norm_eps=float("nan")), "rms_norm_eps"),
+    "a flag that is text": (config(tie_word_embeddings="yes"), "tie_word_embeddings"),
+    "hidden_size 10^9": (config(hidden_size=10**9), "0000000"),
+    "hidden_size 10^9, head_dim from it": (config(hidden_size=12 * 10**8, head_dim=None), "0000000"),
+    "head_dim 10^9": (config(head_dim=10**9), "0000000"),
+    "hidden_size 2^31": (config(hidden_size=2**31), "2147483648"),
+    "everything 2^31": (config(hidden_size=2**31, intermediate_size=2**31, num_attention_heads=2**31, num_key_value_heads=2**31, head_dim=2**31), "2147483648"),
+    "a number of 400 digits": (config(intermediate_size=10**400), "intermediate_size"),
+    "layers 10^9": (config(num_hidden_layers=10**9), "num_hidden_layers"),
+    "vocabulary 10^9": (config(vocab_size=10**9), "embed_tokens"),
+    "more layers than there are": (config(num_hidden_layers=3), "3 layers"),
+    "fewer layers than there are": (config(num_hidden_layers=1), "1 layers"),
+    "the wrong number of heads": (config(num_attention_heads=4), "q_proj"),
+    "the wrong vocabulary": (config(vocab_size=62), "embed_tokens"),
+    "biases that the config denies": (change_weights(lambda w: w.update({f"model.layers.{i}.self_attn.{p}_proj.bias": torch.zeros(n)
+                                      for i in (0, 1) for p, n in (("q", 60), ("k", 20), ("v", 20), ("o", 24))})), "attention_bias"),
+    "biases that the config promises": (config(attention_bias=True), "attention_bias"),
+    "biases on the mlp only in the config": (config(mlp_bias=True), "missing"),
+    "qwen3 without its norms": (config(model_type="qwen3"), "q_norm"),
+    "norms that llama does not have": (change_weights(lambda w: w.update({f"model.layers.{i}.self_attn.{p}_norm.weight": torch.ones(10)
+                                       for i in (0, 1) for p in "qk"})), "q_norm"),
+    "qwen2 without its biases": (config(model_type="qwen2", attention_bias=None), "q_proj.bias"),
+    "a missing tensor": (change_weights(lambda w: w.pop(layer("mlp.up_proj"))), "missing"),
+    "a missing head": (change_weights(lambda w: w.pop("lm_head.weight")), "lm_head"),
+    "an extra tensor": (change_weights(lambda w: w.update(extra=torch.ones(2))), "extra"),
+    "an extra tensor in a layer": (change_weights(lambda w: w.update({layer("mlp.fourth_proj"): torch.ones(2)})), "fourth_proj"),
+    "a wrong shape": (change_weights(lambda w: w.update({layer("mlp.up_proj"): torch.ones(24, 28)})), "shape"),
+    "a shape with the same number of numbers": (change_weights(lambda w: w.update({"model.norm.weight": torch.ones(24, 1)})), "shape"),
+    "whole numbers for weights": (change_weights(lambda w: w.update({"model.norm.weight": torch.ones(24, dtype=torch.int64)})), "I64"),
+    "a head that differs though tied": (config(tie_word_embeddings=True), "lm_head"),
+    "no config.json": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "a config.json that is not JSON": (bytes_of(lambda b: b[:-5], "config.json"), "JSON"),
+    "a config.json of bytes": (bytes_of(lambda b: b"\xff\xfe\x00", "config.json"), "JSON"),
+    "a config.json of brackets": (bytes_of(lambda b: b"[" * 100_000, "config.json"), "JSON"),
+    "a config.json that is a list": (bytes_of(lambda b: b"[]", "config.json"), "object"),
+    "no folder at all": (shutil.rmtree, "config.json"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+    "weights in a pickle": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "safetensors"),
+    "a pickle that calls itself safetensors": (bytes_of(lambda b: pickle.dumps({"lm_head.weight": b"x" * 99})), "safetensors"),
+    "weights cut at their end": (bytes_of(lambda b: b[:-100]), "safetensors"),
+    "weights cut in their header": (bytes_of(lambda b: b[:60]), "safetensors"),
+    "an empty file of weights": (bytes_of(lambda b: b""), "safetensors"),
+    "a folder in place of the weights": (lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").mkdir()), "safetensors"),
+    "an index that leaves the folder": (index({"lm_head.weight": "../part.safetensors"}), "file name in this folder"),
+    "an index with an absolute path": (index({"lm_head.weight": "/etc/passwd"}), "file name in this folder"),
+    "an index of numbers": (index({"lm_head.weight": 7}), "file name in this folder"),
+    "an index to a file that is not there": (index({"lm_head.weight": "none.safetensors"}), "none.safetensors"),
+    "an index that promises too much": (index({"model.more.weight": "part.safetensors"}), "model.more.weight"),
+    "an index that is a list": (index([], whole=True), "weight_map"),
+    "an index whose map is a list": (index({"weight_map": ["lm_head.weight"]}, whole=True), "weight_map"),
+    "an index without a map": (index({"metadata": {}}, whole=True), "weight_map"),
+}
+
+
+@contextlib.contextmanager
+def memory_limit(more):
+    """At most `more` bytes of address space above what this process has; without a limit where there is no /proc."""
+    try:
+        import resource
+        with open("/proc/self/statm") as f:
+            now = int(f.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        yield
+        return
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + more, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_it_is_refused_in_one_sentence(tmp_path, what):
+    damage, word = REFUSED[what]
+    folder = good_folder(tmp_path)
+    load_pretrained(folder)                              # sound so far
+    damage(folder)
+    with pytest.raises(BadInput) as refusal, memory_limit(2**30):
+        load_pretrained(folder)
+    sentence = str(refusal.value)
+    assert word in sentence and "\n" not in sentence and len(sentence) < 1000
+
+
+# ---------------------------------------------------------------- sampling one token
+
+def some_logits(rows, vocab, seed=0):
+    return 2 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+SETTINGS = [(1.0, 0, 1.0), (0.7, 50, 0.95), (0.7, 5, 1.0), (1.6, 0, 0.8), (0.3, 7, 0.5), (1.0, 1, 1.0), (2.5, 0, 1e-6), (1.3, 1000, 0.99)]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", SETTINGS)
+def test_the_filtered_distribution_is_that_of_transformers(temperature, top_k, top_p):
+    oracle("transformers")
+    warpers, logits = oracle("transformers.generation.logits_process"), some_logits(20, 61)
+    expected = warpers.TemperatureLogitsWarper(temperature)(None, logits)
+    expected = warpers.TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = warpers.TopPLogitsWarper(top_p)(None, expected).softmax(-1)
+    probs, tokens = code._filtered(logits, temperature, top_k, top_p)
+    ours = torch.zeros_like(logits).scatter(-1, tokens, probs / probs.sum(-1, keepdim=True))
+    assert torch.equal(ours > 0, expected > 0) and torch.allclose(ours, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", SETTINGS[:4])
+def test_samples_are_as_frequent_as_they_are_probable(temperature, top_k, top_p):
+    n, logits = 20_000, some_logits(1, 12, seed=3)
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    counts = sample(logits.expand(n, -1), uniform, temperature, top_k, top_p).bincount(minlength=12)
+    probs, tokens = code._filtered(logits, temperature, top_k, top_p)
+    expected = torch.zeros(12, dtype=torch.float64).scatter(0, tokens[0], probs[0] / probs.sum()) * n
+    often = expected > 5
+    assert not counts[expected == 0].any() and often.sum() > 1
+    assert fits(counts[often].tolist(), expected[often].tolist())
+
+
+def test_temperature_0_takes_the_most_probable():
+    logits = some_logits(50, 13)
+    assert torch.equal(sample(logits, torch.rand(50), 0, 3, 0.1), logits.argmax(-1))
+
+
+def test_the_ends_of_the_unit_interval_give_tokens_that_were_kept():
+    """0 the most probable one, and just below 1 the least probable of those kept."""
+    logits = torch.tensor([[0.5, 3.0, 1.0, 2.0]] * 2).log()
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert sample(logits, ends, 1.0, 0, 0.9).tolist() == [1, 2] and sample(logits, ends, 1.0, 2, 1.0).tolist() == [1, 3]
+
+
+def test_a_draw_depends_on_its_own_row_only():
+    logits, uniform = some_logits(9, 30), torch.rand(9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    together = sample(logits, uniform, 0.8, 9, 0.9)
+    assert together.tolist() == [sample(logits[i:i + 1], uniform[i:i + 1], 0.8, 9, 0.9).item() for i in range(9)]
+
+
+# ---------------------------------------------------------------- generation
+
+DECODERS = {"groups": {}, "no groups": dict(num_key_value_heads=6), "one key-value head": dict(num_key_value_heads=1),
+            "a window": dict(sliding_window=4), "a window of one": dict(sliding_window=1), "norms and biases": dict(qk_norm=True, qkv_bias=True),
+            "tied, llama3 rope": dict(tie_word_embeddings=True, rope={k: v for k, v in LLAMA3.items() if k != "rope_theta"})}
+PROMPTS, BUDGETS = random_texts([5, 2, 11, 3, 7], seed=1), [9, 14, 4, 0, 11]
+NUCLEUS = dict(temperature=0.9, top_k=20, top_p=0.9)
+GREEDY = dict(temperature=0)
+
+
+def seeded(seed=5):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def slowly(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None, ban=()):
+    """What `generate` promises, the plain way: row by row, no cache, the whole text through the model for every token."""
+    texts = []
+    for prompt, budget in zip(prompts, budgets):
+        text = []
+        for u in torch.rand(budget, generator=generator, dtype=torch.float64):
+            logits = model(torch.tensor([prompt + text]))[:, -1, :vocab]
+            logits[:, list(ban)] = -torch.inf
+            text.append(sample(logits, u[None], temperature, top_k, top_p).item())
+            if text[-1] in eos:
+                break
+        texts.append(text)
+    return texts
+
+
+@pytest.mark.parametrize("how", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_batch_is_written_as_a_loop_without_a_cache_writes_it(decoder, how):
+    """Unequal prompts and budgets, ends on the way, and texts longer than the window."""
+    model = small_model(**DECODERS[decoder])
+    written = generate(model, PROMPTS, BUDGETS, eos=(3, 4, 5), generator=seeded(), **how)
+    assert written == slowly(model, PROMPTS, BUDGETS, eos=(3, 4, 5), generator=seeded(), **how)
+    assert len({len(w) for w in written}) > 2
+
+
+@pytest.mark.parametrize("how", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
+def test_many_rows_are_written_as_one_row_at_a_time(how):
+    model, one, many = small_model(), seeded(), seeded()
+    together = generate(model, PROMPTS, BUDGETS, eos=(3, 4), generator=many, **how)
+    assert together == [generate(model, [p], [n], eos=(3, 4), generator=one, **how)[0] for p, n in zip(PROMPTS, BUDGETS)]
+
+
+def test_prompts_of_one_token_are_continued():
+    model, prompts = small_model(), [[5], [9], [7]]
+    together = generate(model, prompts, [4, 6, 2], generator=seeded(), **NUCLEUS)
+    assert together == slowly(model, prompts, [4, 6, 2], generator=seeded(), **NUCLEUS)
+
+
+def test_a_prompt_of_one_token_may_stand_beside_a_longer_one():
+    model, one, many = small_model(), seeded(), seeded()
+    together = generate(model, [[5], PROMPTS[0]], [6, 6], generator=many, **NUCLEUS)
+    assert together == [generate(model, [p], [6], generator=one, **NUCLEUS)[0] for p in ([5], PROMPTS[0])]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_prefill_and_decoding_give_the_logits_of_the_whole_text(decoder):
+    """Rows of unequal length: row 0 begins with 4 tokens, row 1 with 7, and each goes on at its own place."""
+    model, texts, begun = small_model(**DECODERS[decoder]), random_texts([15, 15], seed=2), [4, 7]
+    whole = model(torch.tensor(texts))
+    cache = KVCache(model.config, 2, 15, torch.float64, "cpu")
+    ids = torch.tensor([texts[0][:4] + [0] * 3, texts[1][:7]])
+    prefill = model(ids, cache=cache)
+    assert all(torch.allclose(prefill[row, :n], whole[row, :n], atol=1e-10) for row, n in enumerate(begun))
+    for step in range(8):
+        at = [n + step for n in begun]
+        cache.width = max(at) + 1
+        logits = model(torch.tensor([[texts[row][p]] for row, p in enumerate(at)]), positions=torch.tensor(at)[:, None], cache=cache)
+        assert all(torch.allclose(logits[row, 0], whole[row, p], atol=1e-10) for row, p in enumerate(at))
+
+
+def test_the_end_token_is_written_and_nothing_after_it():
+    model, prompt = small_model(), PROMPTS[0]
+    (free,) = generate(model, [prompt], [20], **GREEDY)
+    end = next(i for i, token in enumerate(free) if i >= 3 and token not in free[:i])
+    assert generate(model, [prompt], [20], eos=(free[end],), **GREEDY) == [free[:end + 1]]
+
+
+def test_a_budget_is_kept_and_a_budget_of_0_writes_nothing():
+    written = generate(small_model(), PROMPTS, BUDGETS, generator=seeded(), **NUCLEUS)
+    assert [len(w) for w in written] == BUDGETS
+    assert generate(small_model(), PROMPTS, [0] * 5, generator=seeded(), **NUCLEUS) == [[]] * 5
+
+
+def test_rows_that_are_finished_do_not_disturb_the_others():
+    model = small_model()
+    (alone,) = generate(model, [PROMPTS[2]], [25], **GREEDY)
+    assert generate(model, [PROMPTS[0], PROMPTS[2], PROMPTS[1]], [1, 25, 2], **GREEDY)[1] == alone
+
+
+def test_a_banned_token_is_never_written():
+    """The ten most probable first tokens are banned, so all rows would write one of them."""
+    model, prompts = small_model(), [PROMPTS[0]] * 40
+    ban = model(torch.tensor([PROMPTS[0]]))[0, -1].topk(10).indices.tolist()
+    free, banned = (generate(model, prompts, [6] * 40, generator=seeded(), ban=b, **NUCLEUS) for b in ((), ban))
+    assert set(sum(free, [])) & set(ban) and not set(sum(banned, [])) & set(ban)
+    assert banned == slowly(model, prompts, [6] * 40, generator=seeded(), ban=ban, **NUCLEUS)
+
+
+def test_ids_beyond_the_vocabulary_are_never_written():
+    model, prompts = small_model(), [PROMPTS[0]] * 40
+    free, limited = (generate(model, prompts, [6] * 40, generator=seeded(), vocab=v, **NUCLEUS) for v in (None, 33))
+    assert max(sum(free, [])) > 33 and max(sum(limited, [])) < 33
+    assert limited == slowly(model, prompts, [6] * 40, generator=seeded(), vocab=33, **NUCLEUS)
+
+
+def test_a_banned_token_may_lie_beyond_the_vocabulary():
+    """An end token of config.json that the tokenizer lacks, say."""
+    assert len(generate(small_model(), [PROMPTS[0]], [3], vocab=33, ban=(5, 60), **GREEDY)[0]) == 3
+
+
+def test_the_generator_decides_what_is_sampled_and_greedy_draws_nothing():
+    model, generator = small_model(), seeded()
+    first, second = (generate(model, PROMPTS, BUDGETS, generator=generator, **NUCLEUS) for _ in range(2))
+    assert first != second and first == generate(model, PROMPTS, BUDGETS, generator=seeded(), **NUCLEUS)
+    before = generator.get_state()
+    generate(model, PROMPTS, BUDGETS, generator=generator, **GREEDY)
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_nothing_is_written_for_no_prompts_and_an_empty_prompt_is_refused():
+    assert generate(small_model(), [], []) == []
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(small_model(), [[1, 2], []], [3, 3])
+
+
+def test_generation_leaves_the_model_able_to_train():
+    model = small_model()
+    generate(model, PROMPTS, BUDGETS, **GREEDY)
+    model(torch.tensor([PROMPTS[0]])).logsumexp(-1).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", ["llama", "llama, tied", "llama, llama3 rope beyond its length", "mistral, beyond its window", "qwen3"])
+def test_greedy_writes_what_transformers_writes(tmp_path, case):
+    family, numbers = FAMILIES[case]
+    theirs = small_hf_model(family, **numbers)
+    theirs.save_pretrained(tmp_path)
+    written = generate(load_pretrained(tmp_path), PROMPTS, [30] * 5, **GREEDY)
+    for prompt, ours in zip(PROMPTS, written):
+        full = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0, bos_token_id=None)
+        assert ours == full[0, len(prompt):].tolist()
+
+
+def test_stories260k_tells_of_lily(shared):
+    folder = shared / "models/stories260K"
+    (story,) = generate(load_pretrained(folder), [[1]], [60], eos=(2,), **GREEDY)
+    text = oracle("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json")).decode(story)
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")
+
+
+# ---------------------------------------------------------------- two texts with a common trunk
+
+def some_pairs():
+    """Pairs of SAPO's form: ragged, with A or C empty, with y- ended early, with y- = y+, and one that starts to differ at once."""
+    shapes = [(5, 3, 4, 4, 2), (2, 0, 3, 3, 4), (9, 2, 2, 2, 0), (3, 6, 5, 2, 0), (4, 1, 1, 1, 7), (7, 0, 6, 1, 0)]
+    pairs = []
+    for i, (x, a, b, new, c) in enumerate(shapes):
+        prompt, start, segment, other, end = random_texts([x, a, b, new, c], seed=10 + i)
+        pairs.append(Pair(prompt, start + segment + end, start + other + (end if new == b else []), a, a + b, a + new))
+    same = random_texts([4, 5], seed=30)
+    return pairs + [Pair(same[0], same[1], list(same[1]), 1, 3, 3)]
+
+
+WINDOWS = pytest.mark.parametrize("window", [None, 4, 1])
+
+
+@torch.no_grad()
+@WINDOWS
+def test_both_branches_have_the_logits_of_plain_rows(window):
+    model, pairs = small_model(sliding_window=window), some_pairs()
+    shared, plain = collate(pairs), collate(pairs, share=False)
+    P, n = shared.trunk, len(pairs)
+    ours, expected = model(shared.ids, positions=shared.positions, trunk=P), model(plain.ids)
+    S = (shared.ids.shape[1] - P) // 2
+    for i, pair in enumerate(pairs):
+        trunk = shared.positions[i, P].item()            # this row's true trunk; the rest up to P is padding
+        for branch, answer in enumerate((pair.chosen, pair.rejected)):
+            width = len(pair.prompt) + len(answer) - 1
+            begin = P + branch * S
+            text = torch.cat((ours[i, :trunk], ours[i, begin:begin + width - trunk]))
+            assert torch.allclose(text, expected[i + branch * n, :width], atol=1e-12)
+
+
+@WINDOWS
+@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_the_trunk_changes_neither_scores_nor_gradients(loss, window):
+    cfg, results = SAPOConfig(loss=loss, beta=0.3, lam=0.4), []
+    for share in (True, False):
+        model, batch = small_model(sliding_window=window), collate(some_pairs(), share, **scored_tokens(cfg))
+        value, _ = preference_loss(model, batch, cfg, tuple(score(small_model(1, sliding_window=window), batch)))
+        value.sum().backward()
+        results.append([torch.stack(score(model, batch)), value, *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-10, rtol=1e-10) for a, b in zip(*results))
+
+
+def test_the_trunk_may_be_one_token():
+    """The prompt is a lone BOS and the segment starts at once."""
+    model, pairs = small_model(), [Pair([1], [5, 6, 7, 2], [8, 9, 2]), Pair([1], [5, 6, 2], [5, 8, 2])]
+    with_trunk, plain = (torch.stack(score(model, collate(pairs, share))) for share in (True, False))
+    assert torch.allclose(with_trunk, plain, atol=1e-12)
+
+
+def test_answers_may_be_one_token():
+    model, pairs = small_model(), [Pair([1, 4, 3], [5], [8])]
+    with_trunk, plain = (torch.stack(score(model, collate(pairs, share))) for share in (True, False))
+    assert torch.allclose(with_trunk, plain, atol=1e-12)
+
+
+# ---------------------------------------------------------------- twins
+
+def test_a_twin_shares_what_is_frozen_and_copies_the_rest():
+    model = small_model()
+    for name, p in model.named_parameters():
+        p.requires_grad_("self_attn" in name)
+    other = dict(twin(model).named_parameters())
+    for name, p in model.named_parameters():
+        assert (other[name] is p) != p.requires_grad and torch.equal(other[name], p)
+
+
+def test_a_twin_does_not_train_and_its_model_goes_on_training():
+    model = small_model()
+    other = twin(model)
+    assert not any(p.requires_grad for p in other.parameters()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_changes_to_the_policy_do_not_reach_its_twin():
+    model, ids = small_model(), torch.tensor(random_texts([9]))
+    before, other = model(ids), twin(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    assert torch.equal(other(ids), before) and not torch.equal(model(ids), before)
+
+
+def test_a_tied_head_stays_tied_in_a_twin():
+    model = small_model(tie_word_embeddings=True)
+    other = twin(model)
+    assert other.lm_head.weight is other.model.embed_tokens.weight and other.lm_head.weight is not model.lm_head.weight
