@@ -1,7 +1,7 @@
 """The decoder: Llama and its close relatives, written out by hand, with loading, saving and batched generation.
 
 Holds the architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU), the KV cache, `sample` and
-`generate`, and Hugging Face folders of safetensors in and out. Leaves out tokenizers, training and processes.
+`generate`, LoRA, and Hugging Face folders of safetensors in and out. Leaves out tokenizers, training and processes.
 Parameter names are the checkpoint's own, so loading needs no renaming table and is strict.
 
 Axes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head size, V vocabulary, W cached keys;
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,10 +66,10 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise BadInput("config.json does not hold a JSON object; is this a Hugging Face model folder?")
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise BadInput(f"config.json: model_type {family!r} is not implemented; use one of {', '.join(sorted(FAMILIES))}")
 
-        def number(key, kind=int, default=None, low=1, high=2**31):
+        def number(key, kind=int, default=None, low=1, high=2**24):
             value = raw.get(key)
             value = default if value is None else value
             good = (int,) if kind is int else (int, float)
@@ -83,19 +84,22 @@ class ModelConfig:
                 raise BadInput(f"config.json: {key} is {value!r}; it must be true or false")
             return default if value is None else value
 
-        hidden, heads = number("hidden_size"), number("num_attention_heads")
+        hidden, heads = number("hidden_size"), number("num_attention_heads", high=2**14)
         bias = flag("attention_bias")
         config = cls(
             vocab_size=number("vocab_size"), hidden_size=hidden, intermediate_size=number("intermediate_size"),
             num_hidden_layers=number("num_hidden_layers", high=10_000), num_attention_heads=heads,
             num_key_value_heads=number("num_key_value_heads", default=heads),
-            head_dim=number("head_dim", default=max(1, hidden // heads)),
-            max_position_embeddings=number("max_position_embeddings", default=2048),
+            head_dim=number("head_dim", default=max(1, hidden // heads), high=2**14),
+            max_position_embeddings=number("max_position_embeddings", default=2048, high=2**31),
             rms_norm_eps=number("rms_norm_eps", float, 1e-6, low=0, high=1), **_rope(raw),
             tie_word_embeddings=flag("tie_word_embeddings"), qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
             mlp_bias=flag("mlp_bias"), qk_norm=family == "qwen3", source=raw)
 
-        layers = set(raw.get("layer_types") or ())
+        layers = raw.get("layer_types") or []
+        if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
+            raise BadInput(f"config.json: layer_types is {str(layers)[:80]}; it must be a list of names")
+        layers = set(layers)
         if raw.get("sliding_window") and (family == "mistral" or raw.get("use_sliding_window")):
             if family != "mistral" and layers != {"sliding_attention"}:
                 raise BadInput("config.json: a sliding window on some layers only is not implemented; "
@@ -106,7 +110,7 @@ class ModelConfig:
             "partial_rotary_factor other than 1 is not implemented": (raw.get("partial_rotary_factor") or 1) != 1,
             "quantised weights cannot be trained; use the unquantised checkpoint": raw.get("quantization_config"),
             "mixture-of-experts models are not implemented": any(raw.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts")),
-            f"layer_types {sorted(map(str, layers))} are not implemented": layers - {"full_attention", "sliding_attention"},
+            f"layer_types {sorted(layers)} are not implemented": layers - {"full_attention", "sliding_attention"},
             f"{heads} query heads cannot share {config.num_key_value_heads} key-value heads evenly": heads % config.num_key_value_heads,
             f"head_dim {config.head_dim} is odd; rotary positions need an even one": config.head_dim % 2,
             f"hidden_size {hidden} is not a multiple of {heads} heads, and head_dim is not given": hidden % heads and not raw.get("head_dim"),
@@ -132,9 +136,9 @@ def _rope(raw):
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise BadInput(f"config.json: rope_scaling is {scaling!r}; it must be an object or null")
-    theta = scaling.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    theta = next((t for t in (scaling.get("rope_theta"), raw.get("rope_theta")) if t is not None), 10000.0)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise BadInput(f"config.json: rope type {kind!r} is not implemented; default, linear and llama3 are")
     if (scaling.get("partial_rotary_factor") or 1) != 1:
         raise BadInput("config.json: partial_rotary_factor other than 1 is not implemented")
@@ -191,9 +195,9 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """Softmax attention: q (B, H, T, E); k, v (B, K, W, E); mask "causal" or bool, True where visible -> (B, H, T, E)."""
     causal = isinstance(mask, str)
-    if q.shape[2] == 1 and k.shape[1] != q.shape[1]:     # one query a row: the heads of a group are rows of one matrix
+    if q.shape[2] == 1 and not causal:                   # one query a row: the heads of a group are rows of one matrix
         B, H, _, E = q.shape
-        return F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, E), k, v, attn_mask=mask).view(B, H, 1, E)
+        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, E), k, v, attn_mask=mask).view(B, H, 1, E)
     if k.shape[1] != q.shape[1]:                         # expanded, because masked CUDA backends take no groups
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)
@@ -345,6 +349,56 @@ def twin(model):
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
+# ------------------------------------------------------------------------------------------------ LoRA
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained change of low rank: W x + (alpha / rank) B A x (Hu et al., arXiv 2106.09685).
+
+    A is drawn once and frozen, B starts at 0 and is trained (LoRA-FA, arXiv 2308.03303). That is for the EMA's sake: the
+    average of two A's times the average of two B's is not the average of the products; with one common A it is. So [9]
+    of Algorithm 1 moves the weights themselves, and policy, EMA and reference differ in B alone.
+    """
+
+    def __init__(self, linear, rank, alpha, generator):
+        super().__init__()
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        rows, columns = linear.weight.shape
+        A = torch.randn(rank, columns, generator=generator) / columns ** 0.5
+        self.lora_A = nn.Parameter(A.to(linear.weight.device), requires_grad=False)
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))
+
+    def forward(self, x):
+        change = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + self.scale * change
+
+    def merged(self):
+        """W + (alpha / rank) B A, in float32 or wider: (rows, columns)."""
+        return self.weight + self.scale * (self.lora_B @ self.lora_A)
+
+
+def add_lora(model, rank, alpha, generator, projections=PROJECTIONS):
+    """Freeze a Transformer and put an adapter on each of the named projections. Names stay; B = 0 changes no bit."""
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name in [n for n, _ in part.named_children() if n in projections]:
+                setattr(part, name, LoRA(getattr(part, name), rank, alpha, generator))
+    return model
+
+
+def plain_weights(model):
+    """(name, tensor) of each weight as a plain decoder has it: adapters merged, shards gathered (by all processes together)."""
+    for name, p in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if not leaf.startswith("lora_"):
+            module = model.get_submodule(owner)
+            value = (module.merged() if leaf == "weight" and isinstance(module, LoRA) else p).detach()
+            yield name, value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
 # ------------------------------------------------------------------------------------------------ generation
 
 class KVCache:
@@ -397,50 +451,75 @@ def _filtered(logits, temperature, top_k, top_p):
 
 
 @torch.inference_mode()
-def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None, ban=()):
+def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None, ban=(),
+             timed=lambda stage: nullcontext()):
     """Continue each prompt (a list of ids) by at most its budget, up to and including a token of `eos`.
 
     generator: a CPU torch.Generator that owns the draws (not needed when temperature is 0). vocab: ids from here on are
     never sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never sampled.
+    timed: a context manager around the stages "prefill" and "decode".
     Returns a list of lists. All uniforms are drawn first, row after row, so a row's text does not depend on its
     batch: many rows at once give what one row at a time gives.
     """
-    if not prompts:
-        return []
-    device = next(model.parameters()).device
-    lengths, longest = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
-    if min(map(len, prompts)) < 1:
+    if not all(map(len, prompts)):
         raise ValueError("generate needs at least one token in each prompt (the BOS token of an empty text)")
-    steps, total = max(budgets), sum(budgets)
-    draws = torch.rand(total, generator=generator, dtype=torch.float64) if temperature else torch.zeros(total, dtype=torch.float64)
-    uniform = nn.utils.rnn.pad_sequence(draws.split(list(budgets)), batch_first=True).to(device)     # (B, steps)
-    budgets = torch.tensor(budgets, device=device)
+    if max(budgets, default=0) < 1:
+        return [[] for _ in prompts]
+    embedding, longest, steps = model.model.embed_tokens.weight, max(map(len, prompts)), max(budgets)
+    device = embedding.device
+    draws = torch.rand if temperature else torch.zeros
+    draws = draws(sum(budgets), dtype=torch.float64, **({"generator": generator} if temperature else {}))
+    pad = lambda rows: nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+    uniform, ids = pad(draws.split(list(budgets))), pad(map(torch.tensor, prompts))     # (B, steps), (B, T)
+    lengths, budgets = torch.tensor([list(map(len, prompts)), list(budgets)], device=device)
+    width = longest + steps if device.type == "cpu" else -(-(longest + steps) // 64) * 64
+    cache = KVCache(model.config, len(prompts), width, embedding.dtype, device)
     stops = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True).to(device)  # (B, T), right-padded
-    width = int((lengths + budgets).max())
-    cache = KVCache(model.config, len(prompts), width, model.model.embed_tokens.weight.dtype, device)
-    rows = torch.arange(len(prompts), device=device)
+    banned = torch.tensor([i for i in ban if i < (vocab or embedding.shape[0])], dtype=torch.long, device=device)
     out = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
-    made = torch.zeros_like(lengths)                     # tokens written so far, a row
-    done = budgets <= 0
+    turn = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)                # how many times all rows were asked
+    made, done = torch.zeros_like(lengths), budgets <= 0                                # tokens written so far, a row
 
-    last = lambda hidden, weight: F.linear(hidden[rows, (lengths - 1)], weight)        # the head where a row ends
-    logits = model(ids, cache=cache, head=last)                                        # (B, V)
-    for step in range(steps):
-        logits = logits[:, :vocab]
-        if ban:
-            logits[:, list(ban)] = -torch.inf
-        token = sample(logits, uniform[:, step], temperature, top_k, top_p)
-        out[:, step] = token
-        made += ~done
-        done = done | (made >= budgets) | torch.isin(token, stops)
-        # asking whether all are done makes a GPU wait, so it is asked now and then
-        if step == steps - 1 or (device.type == "cpu" or step % 16 == 15) and bool(done.all()):
-            break
-        position = (lengths + made - 1)[:, None]         # a finished row goes on writing into its last slot, unread
-        cache.width = min(width, longest + step + 1)
-        logits = model(token[:, None], positions=position, cache=cache)[:, 0]
+    # What follows changes tensors in place, so that a CUDA graph can replay it.
+    def choose():
+        seen = logits[:, :vocab].index_fill(1, banned, -torch.inf) if len(banned) else logits[:, :vocab]
+        token = sample(seen, uniform.gather(1, turn)[:, 0], temperature, top_k, top_p)
+        out.scatter_(1, turn, token[:, None])
+        made.add_(~done)
+        done.logical_or_((made >= budgets) | (token[:, None] == stops).any(-1))
+
+    def read():          # a finished row goes on reading into the slot behind its last token, and nobody looks
+        token = out.gather(1, turn)
+        logits.copy_(model(token, positions=(lengths + made - 1)[:, None], cache=cache)[:, 0])
+        turn.add_(1)
+
+    def both():
+        read()
+        choose()
+
+    last = lambda hidden, weight: F.linear(hidden[torch.arange(len(prompts), device=device), lengths - 1], weight)
+    with timed("prefill"):
+        logits = model(ids, cache=cache, head=last)                                     # (B, V): the head where a row ends
+        choose()
+    with timed("decode"):
+        for step in range(1, steps):
+            # asking whether all are done makes a GPU wait, so it is asked now and then
+            if (device.type == "cpu" or step % 16 == 0) and bool(done.all()):
+                break
+            if device.type == "cpu":
+                cache.width = longest + step             # what is still empty need not be read
+            both()
+            if device.type == "cuda" and step == 1 and steps > 8:
+                both = _graph(both)
     return [row[:n] for row, n in zip(out.tolist(), made.tolist())]
+
+
+def _graph(function):
+    """A function of no arguments that works in place, as one CUDA graph: hundreds of kernels, one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 # ------------------------------------------------------------------------------------------------ folders in and out
@@ -499,11 +578,12 @@ def check_weights(folder, config):
     layers = {int(n.split(".")[2]) for n in files if n.startswith("model.layers.") and n.split(".")[2].isdigit()}
     if len(layers) != config.num_hidden_layers:          # before building anything of that size
         raise BadInput(f"{folder}: config.json says {config.num_hidden_layers} layers, the weights hold {len(layers)}")
-    has = lambda part: any(n.endswith(part) for n in files)
-    stated = config.source.get("attention_bias")
-    if stated is not None and config.source["model_type"] != "qwen2" and stated != has("q_proj.bias"):
-        raise BadInput(f"{folder}: config.json says attention_bias {stated}, the weights say {has('q_proj.bias')}")
-    config.qkv_bias, config.o_bias, config.qk_norm = has("q_proj.bias"), has("o_proj.bias"), has("q_norm.weight")
+    if config.source.get("model_type") in ("llama", "mistral"):     # the Qwen families' biases and norms are not optional
+        has = lambda part: any(n.endswith(part) for n in files)
+        stated = config.source.get("attention_bias")
+        if stated is not None and stated != has("q_proj.bias"):
+            raise BadInput(f"{folder}: config.json says attention_bias {stated}, the weights say {has('q_proj.bias')}")
+        config.qkv_bias, config.o_bias = has("q_proj.bias"), has("o_proj.bias")
     with torch.device("meta"):
         wanted = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
     extra = set(files) - set(wanted) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -528,21 +608,16 @@ def load_pretrained(folder, dtype=torch.float32, device="cpu"):
     files = check_weights(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = dict(model.named_parameters())
-    by_file, weights = {}, {}
-    for name, (path, *_) in files.items():
-        by_file.setdefault(path, []).append(name)
-    for path, names in by_file.items():
+    weights, paths = {}, {path for path, *_ in files.values()}
+    for path in sorted(paths):
         with safe_open(path, "pt") as f:
-            for name in names:
-                tensor = f.get_tensor(name)
-                if name in wanted:
-                    weights[name] = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                elif not torch.equal(tensor, f.get_tensor("model.embed_tokens.weight") if "model.embed_tokens.weight" in names
-                                     else weights["model.embed_tokens.weight"].to(tensor)):
-                    raise BadInput(f"{folder}: config.json ties lm_head to the embedding, but the file holds a different lm_head")
+            for name in [n for n in f.keys() if n in files]:
+                weights[name] = torch.empty(files[name][1], dtype=dtype, device=device).copy_(f.get_tensor(name))
     if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        embedding = weights["model.embed_tokens.weight"]
+        if not torch.equal(weights.get("lm_head.weight", embedding), embedding):
+            raise BadInput(f"{folder}: config.json ties lm_head to the embedding, but the file holds a different lm_head")
+        weights["lm_head.weight"] = embedding
     model.load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -566,12 +641,10 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=Non
     """Write a Hugging Face folder: weights as `dtype` in shards under 5 GB, config.json, and `files`, {name: bytes}, as
     `companions` read them. Written beside, then renamed, so the folder is whole or not there.
 
-    weights: {name: tensor} to write in place of model.state_dict() (gathered shards, merged adapters).
+    weights: {name: tensor} of plain_weights(model), where they were gathered already.
     """
     folder = Path(folder)
-    weights = dict(weights or model.state_dict())
-    if model.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
+    weights = dict(weights or plain_weights(model))
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -594,6 +667,21 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=Non
     write_json(temporary / "config.json", model.config.to_dict(dtype))
     for name, content in (files or {}).items():
         (temporary / name).write_bytes(content)
+    replace_folder(temporary, folder)
+
+
+def save_adapter(model, folder, base):
+    """Write the LoRA factors as a folder that `peft` loads onto `base`, a folder or hub name."""
+    temporary = Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    adapters = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+    save_file({f"base_model.model.{name}.{leaf}.weight": getattr(m, leaf).detach().float().cpu().contiguous()
+               for name, m in adapters.items() for leaf in ("lora_A", "lora_B")}, temporary / "adapter_model.safetensors", {"format": "pt"})
+    rank, scale = next((m.lora_A.shape[0], m.scale) for m in adapters.values())
+    write_json(temporary / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapters}), "lora_dropout": 0.0, "bias": "none", "inference_mode": True})
     replace_folder(temporary, folder)
 
 
