@@ -1,6 +1,6 @@
 """Losses: what one pair (chosen, rejected) is worth, as pure functions of tensors.
 
-Holds the DPO and ORPO losses and the token log-probs they are made of. Leaves out everything with a state: no model,
+Holds the DPO, ORPO and SLiC losses and the token log-probs they are made of. Leaves out everything with a state: no model,
 no batch, no reduction. Every function keeps the dtype it is given, except that nothing is computed below float32.
 
 Axes: B pairs, T tokens, D hidden size, V vocabulary, N labelled tokens.
@@ -35,6 +35,15 @@ def orpo_loss(nll, chosen, rejected, lam):
     """
     ratio = log_odds(chosen) - log_odds(rejected)
     return nll - lam * F.logsigmoid(ratio), lam * chosen, lam * rejected
+
+
+def slic_loss(nll, chosen, rejected, delta, lam):
+    """SLiC-HF (arXiv 2305.10425, equation 1): max(0, delta - log pi(y+) + log pi(y-)) + lam NLL(y+), without a reference.
+
+    nll: (B,) negative log-prob of the chosen text; chosen, rejected: (B,) log-probs; all three *summed* over response
+    tokens. Returns (loss, chosen_rewards, rejected_rewards), each (B,); rewards are the log-probs.
+    """
+    return F.relu(delta - chosen + rejected) + lam * nll, chosen, rejected
 
 
 def log_odds(logp):

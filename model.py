@@ -605,20 +605,35 @@ def load_pretrained(folder, dtype=torch.float32, device="cpu"):
     Tensor by tensor, so that memory holds one copy of the model and one tensor more.
     """
     config = read_config(folder)
-    files = check_weights(folder, config)
-    with torch.device("meta"):
-        model = Transformer(config)
-    weights, paths = {}, {path for path, *_ in files.values()}
-    for path in sorted(paths):
+    return blank(config, dtype, device, read_weights(folder, check_weights(folder, config)))
+
+
+def read_weights(folder, files=None):
+    """(name, tensor as stored) of each weight in a folder, one at a time. A tied head that is stored as well must be equal."""
+    files = files or check_weights(folder, read_config(folder))
+    for path in sorted({path for path, *_ in files.values()}):
         with safe_open(path, "pt") as f:
             for name in [n for n in f.keys() if n in files]:
-                weights[name] = torch.empty(files[name][1], dtype=dtype, device=device).copy_(f.get_tensor(name))
+                yield name, f.get_tensor(name)
+
+
+@torch.no_grad()
+def blank(config, dtype=torch.float32, device="cpu", weights=None):
+    """A Transformer whose weights are `weights`, (name, tensor) pairs, or are yet to be filled."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    values = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    head = None
+    for name, tensor in weights or ():
+        if name in values:
+            values[name].copy_(tensor)
+        else:
+            head = tensor.to(device, dtype)
     if config.tie_word_embeddings:
-        embedding = weights["model.embed_tokens.weight"]
-        if not torch.equal(weights.get("lm_head.weight", embedding), embedding):
-            raise BadInput(f"{folder}: config.json ties lm_head to the embedding, but the file holds a different lm_head")
-        weights["lm_head.weight"] = embedding
-    model.load_state_dict(weights, assign=True)
+        values["lm_head.weight"] = values["model.embed_tokens.weight"]
+        if head is not None and not torch.equal(head, values["lm_head.weight"]):
+            raise BadInput("config.json ties lm_head to the embedding, but the file holds a different lm_head")
+    model.load_state_dict(values, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True)

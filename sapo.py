@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from buffer import Pair, ReplayBuffer
-from losses import IGNORE, dpo_loss, log_odds, orpo_loss, token_logps
+from losses import IGNORE, dpo_loss, log_odds, orpo_loss, slic_loss, token_logps
 from model import generate, twin
 
 LOGITS = 2**25      # at most so many logits at once (128 MiB in float32); beyond, the head runs in recomputed chunks
@@ -56,9 +56,11 @@ def setting(default, help, source="ours", **more):
 @dataclass
 class SAPOConfig:
     """Every choice of the method, each a field with its source. Defaults are the paper's, for DPO."""
-    loss: str = setting("dpo", "preference loss", "paper", choices=("dpo", "orpo"))
+    loss: str = setting("dpo", "preference loss; slic: SLiC-HF, to show that the pairs serve any pairwise loss", "paper; slic: ours",
+                        choices=("dpo", "orpo", "slic"))
     beta: float = setting(0.1, "DPO: strength of the pull to the reference", "paper", low=1e-12)
-    lam: float = setting(0.05, "ORPO: weight of the odds-ratio term", "authors' code", low=0)
+    lam: float = setting(0.05, "ORPO: weight of the odds-ratio term; SLiC: weight of the NLL", "authors' code", low=0)
+    delta: float = setting(1.0, "SLiC: the margin, in nats, beyond which a pair costs nothing", "SLiC-HF", low=0)
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
     micro_batch: int = setting(8, "pairs in one forward pass, a process; changes memory, not the result", low=1)
     segment: str = setting("256", "length of B: tokens, or a share of the response such as 50%", "paper")
@@ -149,9 +151,9 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     # draw has a generator of its own, and each text comes out as it would one batch at a time.
     if not state.written:
         batches = min(steps_until(cfg.ema_every, state), cfg.write_ahead)
-        examples = draw(batches * cfg.batch_size)                                      # [1]
-        with state.timed("generate"):
-            state.written.extend(make_pairs(state, examples, cfg))                     # [2] [3] [4]
+        with state.timed("data"):
+            examples = draw(batches * cfg.batch_size)                                  # [1]
+        state.written.extend(make_pairs(state, examples, cfg))                         # [2] [3] [4]
     fresh = [state.written.popleft() for _ in range(cfg.batch_size)]
     for pair in fresh:
         pair.step = state.step
@@ -201,7 +203,8 @@ def make_pairs(state, examples, cfg):
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
     ban = cfg.eos_in_segment == "ban"
     segments = generate(state.writer, prefixes, [stop - start for start, stop in cuts], () if ban else state.eos,
-                        cfg.temperature, cfg.top_k, cfg.top_p, state.sampler, state.vocab, state.eos if ban else ())   # [3]
+                        cfg.temperature, cfg.top_k, cfg.top_p, state.sampler, state.vocab, state.eos if ban else (),
+                        state.timed)                                                   # [3]
     pairs = []
     for e, (start, stop), new in zip(examples, cuts, segments):
         ended = new[-1] in state.eos
@@ -238,10 +241,13 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
 def preference_loss(policy, batch, cfg, reference=None):
     """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: the reference's (chosen, rejected), for DPO.
 
-    DPO takes sums of log-probs, ORPO means. This is the only place that asks which loss it is.
+    DPO and SLiC take sums of log-probs, ORPO means. This is the only place that asks which loss it is.
+    Two metrics are this method's own: log p(C after A B) - log p(C after A B'), the seam, and what of the gap
+    log p(y+) - log p(y-) is not the seam's, that of B against B'.
     """
     logps = token_scores(policy, batch)
     chosen, rejected = fold(logps * batch.scored, batch)
+    gap, seam = chosen - rejected, torch.sub(*fold(logps * batch.seam, batch))
     if cfg.loss == "dpo":
         loss, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference, cfg.beta)
         extra = {}
@@ -251,11 +257,16 @@ def preference_loss(policy, batch, cfg, reference=None):
         loss, chosen_rewards, rejected_rewards = orpo_loss(nll, chosen, rejected, cfg.lam)
         ratio = (log_odds(chosen) - log_odds(rejected)).detach()
         extra = {"nll_loss": nll, "log_odds_ratio": torch.nn.functional.logsigmoid(ratio), "log_odds_chosen": ratio}
+    elif cfg.loss == "slic":
+        nll = -fold(logps, batch)[0]
+        loss, chosen_rewards, rejected_rewards = slic_loss(nll, chosen, rejected, cfg.delta, cfg.lam)
+        extra = {"nll_loss": nll / batch.lengths[:, 2]}
     else:
-        raise ValueError(f"loss is {cfg.loss!r}; choose dpo or orpo")
+        raise ValueError(f"loss is {cfg.loss!r}; choose dpo, orpo or slic")
     margins = (chosen_rewards - rejected_rewards).detach()
     return loss, {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "rewards/margins": margins,
-                  "rewards/accuracies": (margins > 0).to(loss.dtype), "logps/chosen": chosen, "logps/rejected": rejected} | extra
+                  "rewards/accuracies": (margins > 0).to(loss.dtype), "logps/chosen": chosen, "logps/rejected": rejected,
+                  "pairs/segment_gap": gap - seam, "pairs/seam_gap": seam} | extra
 
 
 def reference_scores(state, pairs, device, cfg):
@@ -303,16 +314,17 @@ def steps_until(every, state):
 def pair_metrics(state, fresh, pairs):
     """What this method adds to the usual metrics: the fresh pairs, the drawn pairs, the buffer and the stages' seconds."""
     mean = lambda values: float(np.mean(list(values)))
-    train = sum(v for k, v in state.times.items() if k != "generate")
+    times = state.times
+    writing = times.get("prefill", 0.0) + times.get("decode", 0.0)
     metrics = {"gen/eos_fraction": mean(p.rejected_stop == len(p.rejected) and p.rejected[-1] in state.eos for p in fresh),
                "pairs/identical": mean(p.chosen == p.rejected for p in fresh),
                "pairs/whole": mean(p.start == 0 and p.stop >= len(p.chosen) - (p.chosen[-1] in state.eos) for p in fresh),
                "buffer/size": len(state.buffer), "buffer/age": mean(state.step - 1 - p.step for p in pairs),
-               "buffer/uses": mean(p.uses for p in pairs), "time/train": train}
-    if "generate" in state.times:
-        tokens = sum(p.rejected_stop - p.start for p in [*fresh, *state.written])
-        metrics["gen/tokens_per_second"] = tokens / max(state.times["generate"], 1e-9)
-    return metrics | {f"time/{stage}": seconds for stage, seconds in state.times.items()}
+               "buffer/uses": mean(p.uses for p in pairs),
+               "time/generate": writing, "time/train": sum(times.values()) - writing - times.get("data", 0.0)}
+    if writing:
+        metrics["gen/tokens_per_second"] = sum(p.rejected_stop - p.start for p in [*fresh, *state.written]) / writing
+    return metrics | {f"time/{stage}": seconds for stage, seconds in times.items()}
 
 
 # ------------------------------------------------------------------------------------------------ how a pair is scored
@@ -323,6 +335,7 @@ class Batch(NamedTuple):
     positions: torch.Tensor     # (R, T) int64, each token's place in its own text
     labels: torch.Tensor        # (R, T) int64, IGNORE where nothing is scored
     scored: torch.Tensor        # (R, T) bool, the labels that the preference compares; the others are for the NLL
+    seam: torch.Tensor          # (R, T) bool, those of the scored labels that are C, where both texts have it
     trunk: int                  # P, 0 where it is not shared
     lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; tokens of the NLL
 
@@ -331,10 +344,8 @@ class Batch(NamedTuple):
 
 
 def scored_tokens(cfg):
-    """What collate must label for a loss: DPO's sums leave out x + A (it cancels), ORPO's means need all of y."""
-    if cfg.loss == "dpo":
-        return {"score_on": cfg.score_on, "common": False, "nll_on": None}
-    return {"score_on": cfg.score_on, "common": True, "nll_on": cfg.nll_on}
+    """What collate must label for a loss: sums may leave out x + A, which cancels; ORPO's means need all of y."""
+    return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": None if cfg.loss == "dpo" else cfg.nll_on}
 
 
 def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
@@ -355,13 +366,15 @@ def collate(pairs, share=True, score_on="response", common=True, nll_on=None, si
         trunks.append(min(differ[0] if len(differ) else both, both - 1) - 1)     # each branch keeps a token and a label
         whole = score_on == "response"
         spans = [(x, len(chosen)), (x, len(rejected))] if whole else [(x + p.start, x + p.stop), (x + p.start, x + p.rejected_stop)]
-        for text, (start, stop) in zip((chosen, rejected), spans):
+        followed = 0 < p.rejected_stop < len(p.rejected)                         # C stands in both
+        for text, (start, stop), C in zip((chosen, rejected), spans, (p.stop, p.rejected_stop)):
             counted = np.zeros(len(text), bool)          # tokens the preference compares
             counted[max(start, 0 if common else trunks[-1] + 1):stop] = True
             labelled = counted.copy()                    # and those of the NLL
             if text is chosen and nll_on:
                 labelled[{"response": x, "prompt+response": 1}[nll_on]:] = True
-            texts.append((text, counted, labelled))
+            after = counted & followed & (np.arange(len(text)) >= x + C)
+            texts.append((text, counted, labelled, after))
 
     lengths = np.array([[c[1].sum(), r[1].sum(), c[2].sum()] for c, r in zip(texts[::2], texts[1::2])])
     P = max(1, *trunks) if share else 0                  # at least one column, so that all processes make the same calls
@@ -373,16 +386,16 @@ def collate(pairs, share=True, score_on="response", common=True, nll_on=None, si
         blocks = [[(text, 0, None, 0)] for text in texts[::2] + (texts[1::2] if sides == 2 else [])]
         width = max(len(block[0][0][0]) for block in blocks) - 1
     ids, labels = np.zeros((len(blocks), width), np.int64), np.full((len(blocks), width), IGNORE)
-    positions, scored = np.tile(np.arange(width), (len(blocks), 1)), np.zeros((len(blocks), width), bool)
+    positions, (scored, seam) = np.tile(np.arange(width), (len(blocks), 1)), np.zeros((2, len(blocks), width), bool)
     for row, pieces in enumerate(blocks):
         if share:                                        # padding counts on from the trunk's length as well
             positions[row, P:] = trunks[row] + np.tile(np.arange(S), 2)
-        for (text, counted, labelled), start, stop, column in pieces:
+        for (text, counted, labelled, after), start, stop, column in pieces:
             stop = len(text) - 1 if stop is None else stop
             at, following = slice(column, column + stop - start), slice(start + 1, stop + 1)
-            ids[row, at], scored[row, at] = text[start:stop], counted[following]
+            ids[row, at], scored[row, at], seam[row, at] = text[start:stop], counted[following], after[following]
             labels[row, at] = np.where(labelled[following], text[following], IGNORE)
-    return Batch(*map(torch.from_numpy, (ids, positions, labels, scored)), int(P), torch.from_numpy(lengths))
+    return Batch(*map(torch.from_numpy, (ids, positions, labels, scored, seam)), int(P), torch.from_numpy(lengths))
 
 
 def token_scores(model, batch):

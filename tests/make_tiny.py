@@ -1,4 +1,4 @@
-"""Makes the tiny world: data/tiny_{base,train,validation,test}.jsonl, short stories with many right wordings and facts a program can check.
+"""Makes the tiny world: data/tiny_{base,train,validation,test}.jsonl and data/tiny_model/ (a config and a tokenizer, no weights). Short stories with many right wordings and facts a program can check.
 
 A prompt states a name, a coloured thing, an animal and a place; a story mentions each at least twice, and its pronouns agree with the name.
 `judge` lists the words a story must and must not hold. Train, validation and test rows are clean, and no combination of facts in validation
@@ -13,6 +13,8 @@ import json
 import random
 import re
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 DOMAINS = {"colour": "red blue green yellow purple pink black white brown gray".split(),
            "thing": "ball drum boat kite hat scarf bell book basket bucket lantern doll".split(),
@@ -134,9 +136,32 @@ def passes(text, judge):
     return words.issuperset(map(str.lower, judge["must"])) and words.isdisjoint(map(str.lower, judge["must_not"]))
 
 
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+SPECIAL = ["<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352,
+          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "hidden_act": "silu",
+          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32"}
+
+
+def write_model(folder, texts):
+    """config.json, a byte-level BPE trained on the texts, and a chat template: what --from-scratch starts from."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=SPECIAL, show_progress=False,
+                                                             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), "utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    for name, value in (("config", CONFIG), ("generation_config", {"bos_token_id": 0, "eos_token_id": 1}), ("tokenizer_config", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|end|>", "model_max_length": 512,
+            "clean_up_tokenization_spaces": False})):
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the four files")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -150,6 +175,7 @@ def main():
         facts = tuple(rng.choice(values) for values in FIELDS.values())
         base += [facts] if facts not in clean[300:] else []
 
+    texts = []
     for split, rows in {"base": base, "train": clean[:300], "validation": clean[300:400], "test": clean[400:]}.items():
         stories, passed = [], 0
         with open(args.out / f"tiny_{split}.jsonl", "w", newline="\n") as file:
@@ -161,11 +187,13 @@ def main():
                     row["judge"] = judge(facts)
                     assert passes(story, row["judge"]), row
                 stories.append(story)
+                texts += [row["prompt"], story] if split in ("base", "train") else []
                 passed += passes(story, judge(facts))
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
         words = sum(len(story.split()) for story in stories) / len(rows)
         print(f"{split}: {len(rows)} rows, {len(set(stories))} distinct stories, {words:.1f} words a story, "
               f"{passed / len(rows):.1%} pass the judge")
+    write_model(args.out / "tiny_model", texts)
 
 
 if __name__ == "__main__":

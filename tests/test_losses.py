@@ -10,7 +10,7 @@ from conftest import oracle, random_texts, small_hf_model, small_model
 import losses
 import sapo
 from buffer import Pair
-from losses import IGNORE, dpo_loss, log1mexp, log_odds, orpo_loss, token_logps
+from losses import IGNORE, dpo_loss, log1mexp, log_odds, orpo_loss, slic_loss, token_logps
 from model import load_pretrained
 from sapo import SAPOConfig, collate, preference_loss, score, scored_tokens
 
@@ -135,6 +135,26 @@ def test_the_gradient_of_log1mexp_is_right_on_both_sides_of_ln_2(x):
     logp = torch.tensor(x, dtype=torch.float64, requires_grad=True)
     log1mexp(logp).backward()
     assert logp.grad.item() == pytest.approx(1 / -math.expm1(-x), rel=1e-9)     # d/dx log(1 - e^x) = 1 / (1 - e^-x)
+
+
+# ---------------------------------------------------------------- SLiC
+
+def test_slic_is_what_a_loop_of_floats_says():
+    delta, lam, rows = 1.7, 0.23, list(zip(some_logps(40, 1, 0.1, 5), some_logps(40, 2), some_logps(40, 3)))
+    loss, up, down = slic_loss(*tensors(*zip(*rows)), delta, lam)
+    for i, (nll, chosen, rejected) in enumerate(rows):
+        assert loss[i].item() == pytest.approx(max(0.0, delta - chosen + rejected) + lam * nll, rel=1e-12)
+        assert (up[i].item(), down[i].item()) == (chosen, rejected)
+    assert 5 < sum(delta - chosen + rejected < 0 for _, chosen, rejected in rows) < 35, "on both sides of the hinge"
+
+
+def test_beyond_its_margin_a_pair_costs_slic_the_nll_alone():
+    """Short of delta the chosen text is raised and the rejected one lowered, each by 1; from there on only the NLL is left."""
+    nll, chosen, rejected = (x.requires_grad_() for x in tensors([2.0] * 4, [-3.0, -3.0, -9.0, -3.0], [-4.4, -4.6, -3.0, -50.0]))
+    loss, *_ = slic_loss(nll, chosen, rejected, delta=1.5, lam=0.3)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.1 + 0.6, 0.6, 7.5 + 0.6, 0.6])
+    assert chosen.grad.tolist() == [-1, 0, -1, 0] and rejected.grad.tolist() == [1, 0, 1, 0] and nll.grad.tolist() == [0.3] * 4
 
 
 # ---------------------------------------------------------------- log-probs of tokens

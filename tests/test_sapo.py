@@ -28,7 +28,7 @@ from sapo import Example, SAPOConfig, State, accumulate_gradient, collate, ema_u
 VOCAB, EOS = NUMBERS["vocab_size"], 2
 ENDS = (EOS, 44)                                             # more than one token may end an answer
 WAYS = [dict(loss="dpo", score_on="response"), dict(loss="dpo", score_on="segment")] + [
-    dict(loss="orpo", score_on=s, nll_on=n) for s in ("response", "segment") for n in ("response", "prompt+response")]
+    dict(loss=loss, score_on=s, nll_on=n) for loss in ("orpo", "slic") for s in ("response", "segment") for n in ("response", "prompt+response")]
 NAMES = ["-".join(way.values()) for way in WAYS]
 
 
@@ -46,7 +46,7 @@ def examples(n, seed=0, longest=11):
 
 def settings(**change):
     """A SAPOConfig far from its defaults."""
-    return SAPOConfig(**{**dict(beta=0.37, lam=0.23, batch_size=4, micro_batch=3, segment="4", alpha=0.3, ema_every="3", buffer_size=50,
+    return SAPOConfig(**{**dict(beta=0.37, lam=0.23, delta=2.9, batch_size=4, micro_batch=3, segment="4", alpha=0.3, ema_every="3", buffer_size=50,
                                 ref_refresh="never", temperature=1.3, top_k=0, top_p=1.0, max_grad_norm=0.0), **change})
 
 
@@ -95,25 +95,27 @@ def kinds():
     return pairs
 
 
+def logps_by_hand(model, text, first, last):
+    """log p(text[t] | text[:t]) for first <= t < last, from a forward pass of that text alone."""
+    logits = model(torch.tensor([text]))[0]
+    return [logits[t - 1].log_softmax(-1)[text[t]] for t in range(first, last)]
+
+
 def by_hand(model, pair, cfg, reference=None):
     """The loss of one pair in plain arithmetic: one text at a time, a loop over its tokens, all of the response counted."""
     x = len(pair.prompt)
-
-    def logps(model, y, first, last):
-        text = pair.prompt + y
-        logits = model(torch.tensor([text]))[0]
-        return [logits[t - 1].log_softmax(-1)[text[t]] for t in range(first, last)]
-
     ends = (pair.stop, pair.rejected_stop) if cfg.score_on == "segment" else (len(pair.chosen), len(pair.rejected))
     first = x + (pair.start if cfg.score_on == "segment" else 0)
-    chosen, rejected = ((y, first, x + end) for y, end in zip((pair.chosen, pair.rejected), ends))
+    chosen, rejected = ((pair.prompt + y, first, x + end) for y, end in zip((pair.chosen, pair.rejected), ends))
+    gap = lambda m: sum(logps_by_hand(m, *chosen)) - sum(logps_by_hand(m, *rejected))
     if cfg.loss == "dpo":
-        gap = lambda m: sum(logps(m, *chosen)) - sum(logps(m, *rejected))
         return -torch.log(torch.sigmoid(cfg.beta * (gap(model) - gap(reference))))
     mean = lambda values: sum(values) / len(values)
-    p, q = mean(logps(model, *chosen)).exp(), mean(logps(model, *rejected)).exp()
-    nll = -mean(logps(model, pair.chosen, x if cfg.nll_on == "response" else 1, x + len(pair.chosen)))
-    return nll - cfg.lam * torch.log(torch.sigmoid(torch.log((p / (1 - p)) / (q / (1 - q)))))
+    logps = logps_by_hand(model, pair.prompt + pair.chosen, x if cfg.nll_on == "response" else 1, x + len(pair.chosen))
+    if cfg.loss == "slic":
+        return torch.clamp(cfg.delta - gap(model), min=0) - cfg.lam * sum(logps)
+    p, q = (mean(logps_by_hand(model, *side)).exp() for side in (chosen, rejected))
+    return -mean(logps) - cfg.lam * torch.log(torch.sigmoid(torch.log((p / (1 - p)) / (q / (1 - q)))))
 
 
 def gradient(model, loss):
@@ -530,7 +532,49 @@ def test_orpo_takes_means_over_the_whole_response():
             assert metrics["nll_loss"].item() == pytest.approx(-mean, abs=1e-10)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+def test_slic_takes_sums_and_reports_them():
+    cfg, model, p = settings(loss="slic", nll_on="prompt+response"), small_model(0), kinds()["plain"]
+    _, metrics = losses_of(model, [p], cfg)
+    for y, name in ((p.chosen, "chosen"), (p.rejected, "rejected")):
+        text = p.prompt + y
+        total = sum(logps_by_hand(model, text, len(p.prompt) + p.start, len(text))).item()       # A cancels and is left out
+        assert metrics[f"logps/{name}"].item() == pytest.approx(total, abs=1e-10) == metrics[f"rewards/{name}"].item()
+    logps = logps_by_hand(model, p.prompt + p.chosen, 1, len(p.prompt + p.chosen))
+    assert metrics["nll_loss"].item() == pytest.approx(-sum(logps).item() / len(logps), abs=1e-10), "per token, for people to read"
+
+
+def test_pairs_stand_on_both_sides_of_the_slic_hinge():
+    """Else the comparisons above prove half of it."""
+    for score_on in ("response", "segment"):
+        _, metrics = losses_of(small_model(0), list(kinds().values()), settings(loss="slic", score_on=score_on))
+        beyond = metrics["rewards/margins"] > settings().delta
+        assert beyond.any() and not beyond.all()
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["trunk", "plain"])
+@pytest.mark.parametrize("way", WAYS, ids=NAMES)
+def test_the_gap_is_that_of_the_segments_and_that_of_the_seam(way, share):
+    """The seam: what C gains by standing after B and not after B'. It is 0 where y- has no C, or C is not compared."""
+    cfg, model, pairs = settings(**way), small_model(0), kinds()
+    if cfg.score_on == "response":
+        pairs["the data's own"] = Pair(*(tokens(np.random.default_rng(6), n) for n in (3, 7, 5)))
+    _, metrics = losses_of(model, list(pairs.values()), cfg, small_model(2), share)
+    moved = 0
+    for i, (name, p) in enumerate(pairs.items()):
+        x, chosen, rejected = len(p.prompt), p.prompt + p.chosen, p.prompt + p.rejected
+        ends = (p.stop, p.rejected_stop) if cfg.score_on == "segment" else (len(p.chosen), len(p.rejected))
+        gap = sum(logps_by_hand(model, chosen, x + p.start, x + ends[0])) - sum(logps_by_hand(model, rejected, x + p.start, x + ends[1]))
+        seam = 0.0
+        if cfg.score_on == "response" and 0 < p.rejected_stop < len(p.rejected):
+            assert chosen[x + p.stop:] == rejected[x + p.rejected_stop:], "C, and C once more"
+            seam = sum(logps_by_hand(model, chosen, x + p.stop, len(chosen))) - sum(logps_by_hand(model, rejected, x + p.rejected_stop, len(rejected)))
+        assert close(metrics["pairs/seam_gap"][i].detach(), float(seam), 1e-10), name
+        assert close(metrics["pairs/segment_gap"][i].detach(), float(gap - seam), 1e-10), name
+        moved += abs(float(seam)) > 0.1 and abs(float(gap - seam)) > 0.1
+    assert moved > 3 if cfg.score_on == "response" else moved == 0
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "slic"])
 def test_margins_and_accuracies_compare_chosen_with_rejected(loss):
     _, m = losses_of(small_model(0), list(kinds().values()), settings(loss=loss), small_model(2))
     assert close(m["rewards/margins"], m["rewards/chosen"] - m["rewards/rejected"], 0)
@@ -613,7 +657,7 @@ def test_the_policy_moves_against_the_gradient_no_farther_than_the_clip_allows(l
     assert close(moved, -0.7 * grad, 1e-12)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "slic"])
 def test_a_few_steps_on_the_same_pairs_lower_the_loss(loss):
     cfg = settings(loss=loss, batch_size=8, buffer_size=8, rejected="data")
     state = start(cfg)
@@ -637,7 +681,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_seen():
     assert weights(state.policy).isfinite().all() and not torch.equal(policy, weights(state.policy))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo"])
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "slic"])
 def test_rows_whose_loss_is_not_finite_are_named(loss):
     cfg, pairs = settings(loss=loss), [p for k, p in kinds().items() if k != "one token against another"]
     state = start(cfg)
@@ -784,12 +828,13 @@ def test_at_the_start_ema_and_reference_are_copies_of_the_policy_that_do_not_tra
     assert (state.optimizer.defaults["lr"], state.optimizer.defaults["weight_decay"]) == (0.004, 0.0)
 
 
-def test_orpo_has_no_reference():
-    cfg = settings(loss="orpo")
+@pytest.mark.parametrize("loss", ["orpo", "slic"])
+def test_orpo_and_slic_have_no_reference(loss):
+    cfg = settings(loss=loss)
     state = start(cfg)
     metrics = sapo_step(state, stream(examples(9)), cfg)
     assert state.reference is None and all(p.ref_version == -1 for p in state.buffer.pairs)
-    assert {"nll_loss", "log_odds_ratio"} <= set(metrics)
+    assert "nll_loss" in metrics and math.isfinite(metrics["loss"])
 
 
 # ------------------------------------------------------------------------------------------------ small things
@@ -827,13 +872,42 @@ def test_the_same_seed_gives_the_same_run():
 
 def test_metrics_have_the_names_that_trl_users_know():
     common = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-              "pairs/identical", "buffer/size", "buffer/age", "buffer/uses", "gen/eos_fraction", "gen/tokens_per_second", "ema/distance",
+              "pairs/identical", "pairs/segment_gap", "pairs/seam_gap", "buffer/size", "buffer/age", "buffer/uses", "gen/eos_fraction", "gen/tokens_per_second", "ema/distance",
               "time/generate", "time/train", "bad_rows"}
-    for loss, more in (("dpo", set()), ("orpo", {"nll_loss", "log_odds_ratio"})):
+    for loss, more in (("dpo", set()), ("orpo", {"nll_loss", "log_odds_ratio"}), ("slic", {"nll_loss"})):
         cfg = settings(loss=loss, ema_every="1")
         metrics = sapo_step(start(cfg), stream(examples(9)), cfg)
         assert common | more <= set(metrics)
         assert all(type(v) in (int, float) and math.isfinite(v) for k, v in metrics.items() if k != "bad_rows")
+
+
+def test_reading_the_prompts_and_writing_are_timed_apart():
+    """One pass over all prompts, then one for each further token of the longest budget."""
+    model, stages, passes = small_model(0), [], []
+    model.register_forward_hook(lambda *_: passes.append(stages[-1] if stages else "outside"))
+
+    @contextlib.contextmanager
+    def timed(stage):
+        stages.append(stage)
+        yield
+        stages.append(f"after {stage}")
+
+    generate(model, [[5, 6, 7], [8]], [4, 6], temperature=0, timed=timed)
+    assert stages == ["prefill", "after prefill", "decode", "after decode"] and passes == ["prefill"] + ["decode"] * 5
+
+
+def test_a_steps_time_is_for_writing_or_training_or_the_data(monkeypatch):
+    """By a clock that goes on by one second whenever it is read, so each stage that is entered takes one."""
+    monkeypatch.setattr(sapo.time, "perf_counter", itertools.count().__next__)
+    cfg = settings(ema_every="2", write_ahead=2, batch_size=4, micro_batch=2)
+    state, draw = start(cfg), stream(examples(20))
+    writing, reading = (sapo_step(state, draw, cfg) for _ in range(2))
+    stages = {"reference": 2, "forward": 2, "backward": 2, "optimizer": 1}
+    assert {k: v for k, v in writing.items() if k.startswith("time/")} == {
+        f"time/{k}": v for k, v in (stages | {"data": 1, "prefill": 1, "decode": 1, "generate": 2, "train": 7}).items()}
+    assert {k: v for k, v in reading.items() if k.startswith("time/")} == {f"time/{k}": v for k, v in (stages | {"ema": 1, "generate": 0, "train": 8}).items()}
+    written = sum(p.rejected_stop - p.start for p in state.buffer.pairs)
+    assert writing["gen/tokens_per_second"] == written / 2 and "gen/tokens_per_second" not in reading
 
 
 def test_the_five_lines_of_the_docstring_run(tmp_path, capsys):

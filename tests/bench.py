@@ -1,0 +1,670 @@
+"""What it costs: seconds and memory of this code beside transformers and TRL, on the same weights and the same tokens.
+
+    python tests/bench.py [generate|train|step|growth|all] [--device cpu|cuda] [--threads N] [--repeats 5]
+                          [--sizes tiny,small,smollm2] [--model DIR] [--json FILE] [--figure FILE.png] [--quick]
+
+    generate   `generate` against transformers' (sampling, KV cache on), and against transformers without a cache, the authors' way
+    train      one optimizer step on the same pairs: trunk shared, our two plain rows a pair, and TRL's own trainer; seconds and memory
+    step       the whole of Algorithm 1, a step, against transformers' generate and TRL's step
+    growth     how time and memory grow with length, batch, segment, vocabulary and buffer, beside what they ought to do
+
+With --device cuda the first three are the GPU's tables: decoding against the bandwidth floor and transformers, training
+against the matmul peak (and TRL where it is installed), the stages of a step. --quick tries the script at toy sizes;
+with --as-gpu it tries the GPU's tables on a CPU.
+
+How: all arms run in one process in the order A B A B after one unmeasured round. A number is a median, in brackets the
+least and the greatest; a ratio is the median of each round's own ratio, above 1 where we are faster. Both sides use
+AdamW at the same rate, clip the gradient, compute the reference's log-probs anew in each step, and must agree in their
+losses (`loss apart`: the greatest difference over all rounds). TRL runs its own collator and compute_loss, without
+truncation and recomputation; the rest of its Trainer is spared it. Memory is what a fresh process (on CUDA: the allocator)
+needs at its peak above weights and AdamW's moments. Leaves out quality: that is the tests' and the README's.
+"""
+
+import argparse
+import functools
+import gc
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
+               "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import sapo
+from buffer import Pair, ReplayBuffer
+from model import ModelConfig, Transformer, generate, load_pretrained, save_pretrained, twin
+
+MiB, GiB = 2**20, 2**30
+SAMPLING = dict(temperature=0.7, top_k=50, top_p=0.95)      # the authors'
+#          hidden, layers, heads, key-value heads, intermediate, vocabulary
+SIZES = {"toy": (64, 2, 4, 2, 128, 256), "tiny": (128, 4, 4, 2, 352, 1024), "small": (512, 8, 8, 4, 1376, 8192),
+         "trained": (256, 4, 4, 2, 704, 8192), "smollm2": (576, 30, 9, 3, 1536, 49152), "1.2B": (2048, 16, 32, 8, 8192, 128256)}
+#          prompt, A, B, C, vocabulary, pairs: prompt + A is shared, B + C is not
+SHAPES = {"long": (512, 128, 256, 128, 49152, 2), "short": (48, 16, 192, 64, 8192, 4), "toy": (12, 4, 8, 4, 256, 2)}
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+def sync(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def rounds(arms, repeats, device):
+    """{arm: function} -> {arm: seconds of each repetition}, A B A B, after one round that is not measured."""
+    seconds = {name: [] for name in arms}
+    for i in range(repeats + 1):
+        for name, run in arms.items():
+            gc.collect()
+            sync(device)
+            start = time.perf_counter()
+            run()
+            sync(device)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values, unit=1.0, digits=3):
+    """'median [least-greatest]' of the values in a unit."""
+    least, middle, most = (f"{v / unit:.{digits}g}" for v in (min(values), statistics.median(values), max(values)))
+    return f"{middle} [{least}-{most}]"
+
+
+def times_faster(seconds, ours, theirs):
+    return spread([b / a for a, b in zip(seconds[ours], seconds[theirs])])
+
+
+def memory_of(run, device):
+    """Bytes that memory rises by at most while run() runs; None where this cannot be told (only CUDA and Linux say)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    now = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)                    # freed memory goes back first
+        Path("/proc/self/clear_refs").write_text("5")       # the highest so far is forgotten
+    except (OSError, AttributeError):
+        return None
+    before = now("VmRSS")
+    run()
+    return now("VmHWM") - before
+
+
+class Report:
+    """Tables on standard output and everything, with all raw seconds, in a JSON file that is rewritten after each row."""
+
+    def __init__(self, path, about):
+        self.path, self.data, self.start = path, {"about": about, "tables": {}, "errors": {}}, time.perf_counter()
+        print("  ".join(f"{k} {v}" for k, v in about.items()), flush=True)
+
+    def row(self, table, raw=None, **cells):
+        self.data["tables"].setdefault(table, []).append(cells | {"raw": raw})
+        print(f"  {time.perf_counter() - self.start:6.0f} s  {table}: {' | '.join(str(v) for v in cells.values())}", file=sys.stderr, flush=True)
+        self.save()
+
+    def save(self):
+        if self.path:
+            Path(self.path).write_text(json.dumps(self.data, indent=1) + "\n")
+
+    def show(self, known):
+        """Print the tables that are not in `known`, aligned."""
+        for title, rows in self.data["tables"].items():
+            if title not in known:
+                names = [k for k in rows[0] if k != "raw"]
+                lines = [names] + [[str(r.get(k, "")) for k in names] for r in rows]
+                widths = [max(map(len, column)) for column in zip(*lines)]
+                print(f"\n{title}", *("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines), sep="\n", flush=True)
+
+    @contextmanager
+    def section(self, name):
+        """What fails in here is printed and noted, and the run goes on; the tables made so far are shown."""
+        known = set(self.data["tables"])
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            print(f"{name} failed and is left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            self.data["errors"][name] = traceback.format_exc()
+        self.show(known)
+        self.save()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------ models, ours and theirs
+
+def build(size, device="cpu", dtype=torch.float32, seed=0, vocab=None):
+    """A Transformer of random weights."""
+    hidden, layers, heads, kv, intermediate, V = SIZES[size]
+    config = ModelConfig(vocab or V, hidden, intermediate, layers, heads, kv, hidden // heads, max_position_embeddings=8192, tie_word_embeddings=True)
+    with torch.device(device):
+        return Transformer(config).init_weights(torch.Generator(device).manual_seed(seed)).to(dtype)
+
+
+def transformers_copy(model, dtype=torch.float32):
+    """transformers' model of the same weights, by way of a folder."""
+    from transformers import AutoModelForCausalLM
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, Path(folder) / "model", dtype)
+        copy = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
+    return copy.to(model.lm_head.weight.device)
+
+
+def missing(*modules):
+    """The reason why a peer cannot run here, or None."""
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            return f"{name} cannot be imported ({type(error).__name__})"
+
+
+def random_ids(n, vocab, seed):
+    return torch.randint(1, vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def their_generate(model, prompts, n, cache=True, **sampling):
+    """transformers' generate: n tokens after each prompt (a list of ids), shorter prompts padded on the left."""
+    width, device = max(map(len, prompts)), model.device
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    with patch.object(model.generation_config, "eos_token_id", None), torch.inference_mode():
+        model.eval()
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, use_cache=cache, pad_token_id=0, **(sampling or dict(do_sample=False)))
+    assert out.shape[1] == width + n
+    return out[:, width:].tolist()
+
+
+def trl_trainer(loss, model, reference, cfg):
+    """TRL's trainer around a transformers model. It gets one row of text to be content; we hand its collator ids."""
+    import datasets
+    import tokenizers
+    import transformers
+    import trl
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(("<pad>", "</s>", "<unk>"))}, unk_token="<unk>"))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    common = dict(output_dir=tempfile.mkdtemp(), use_cpu=model.device.type == "cpu", bf16=False, report_to="none", gradient_checkpointing=False)
+    if loss == "dpo":
+        args = trl.DPOConfig(**common, beta=cfg.beta, max_length=None)
+        return trl.DPOTrainer(model=model, ref_model=reference, args=args, train_dataset=rows, processing_class=words)
+    orpo = importlib.import_module("trl.experimental.orpo")
+    args = orpo.ORPOConfig(**common, beta=cfg.lam, max_length=10**9)            # None would mean 512
+    return orpo.ORPOTrainer(model=model, args=args, train_dataset=rows, processing_class=words)
+
+
+def trl_row(pair, loss):
+    """A Pair as a row of TRL's tokenized data set, as each trainer's collator wants it."""
+    if loss == "dpo":
+        return {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+    row = {"prompt_input_ids": pair.prompt, "prompt_attention_mask": [1] * len(pair.prompt)}
+    for side in ("chosen", "rejected"):
+        ids = pair.prompt + getattr(pair, side)
+        row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids),
+                f"{side}_labels": [-100] * len(pair.prompt) + getattr(pair, side)}
+    return row
+
+
+# ------------------------------------------------------------------------------------------------ one training step, three ways
+
+def make_pairs(shape, n=None, scale=1, seed=0):
+    """n Pairs of a shape of SHAPES; its lengths are divided by `scale`."""
+    x, a, b, c, vocab, usual = SHAPES[shape]
+    x, a, b, c = (k // scale for k in (x, a, b, c))
+    pairs = []
+    for i in range(n or usual):
+        ids = random_ids(x + a + 2 * b + c, vocab, seed + i)
+        prompt, A, B, new, C = (ids[i:j] for i, j in zip(np.cumsum([0, x, a, b, b]), np.cumsum([x, a, b, b, c])))
+        pairs.append(Pair(prompt, A + B + C, A + new + C, a, a + b, a + b))
+    return pairs
+
+
+def micro_batches(pairs, cfg):
+    """As sapo forms them, by length: the same for TRL, so that padding is not what is compared."""
+    order = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
+    return [order[i:i + cfg.micro_batch] for i in range(0, len(order), cfg.micro_batch)]
+
+
+def our_trainer(policy, reference, cfg, share=True, autocast=nullcontext):
+    """pairs -> loss: zero_grad, gradient, clipping, AdamW, as in sapo_step. keep_ref False: the reference is scored each time."""
+    state = sapo.State.start(policy, cfg, (), keep_ref=False)
+    state.ema = state.writer = policy                       # no EMA takes part here
+    state.reference = reference if cfg.loss == "dpo" else None
+    collate = functools.partial(sapo.collate, share=share)
+
+    def step(pairs):
+        with patch.object(sapo, "collate", collate):
+            state.optimizer.zero_grad(set_to_none=True)
+            loss = sapo.accumulate_gradient(state, pairs, cfg, autocast)["loss"]
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        state.optimizer.step()
+        return loss
+    return step
+
+
+def their_trainer(policy, reference, cfg, autocast=nullcontext):
+    """The same with transformers' models, TRL's collator and TRL's compute_loss."""
+    trainer = trl_trainer(cfg.loss, policy, reference, cfg)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+
+    def step(pairs):
+        policy.train()
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in micro_batches(pairs, cfg):
+            batch = trainer._prepare_inputs(trainer.data_collator([trl_row(p, cfg.loss) for p in part]))
+            with autocast():
+                loss = trainer.compute_loss(policy, batch) * len(part) / len(pairs)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm)
+        optimizer.step()
+        return total
+    return step
+
+
+def train_arm(arm, loss, size, vocab, device, cfg, autocast=nullcontext, checkpointing=False):
+    """(step, policy): policy from seed 0, the reference a tenth of the way to seed 1, so that the DPO loss is not ln 2."""
+    policy, reference = (build(size, device, seed=seed, vocab=vocab) for seed in (0, 1))
+    with torch.no_grad():
+        for p, r in zip(policy.parameters(), reference.parameters()):
+            r.lerp_(p, 0.9)
+    reference.requires_grad_(False)
+    if arm == "TRL":
+        policy, reference = transformers_copy(policy), transformers_copy(reference) if loss == "dpo" else None
+        return their_trainer(policy, reference, cfg, autocast), policy
+    policy.gradient_checkpointing = checkpointing
+    return our_trainer(policy, reference, cfg, arm != "two rows", autocast), policy
+
+
+def train_config(loss, n):
+    """nll_on "prompt+response" is what TRL's ORPO does; it gives both sides the same work."""
+    return sapo.SAPOConfig(loss=loss, lam=0.1, batch_size=n, micro_batch=n, nll_on="prompt+response")
+
+
+def arm_memory(arm, loss, shape, size, vocab, scale):
+    """Bytes at the peak of one step above weights and moments, which a tiny step before it creates. In a process of its own."""
+    pairs = make_pairs(shape, scale=scale)
+    step, policy = train_arm(arm, loss, size, vocab, "cpu", train_config(loss, len(pairs)))
+    step(make_pairs("toy", 1))
+    policy.zero_grad(set_to_none=True)
+    return memory_of(lambda: step(pairs), "cpu")
+
+
+def in_a_child(args, *request):
+    """arm_memory in a fresh process, which no earlier arm has warmed."""
+    command = [sys.executable, __file__, "train", "--threads", str(torch.get_num_threads()), "--memory-of", json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the memory of {request} was not measured: {done.stderr[-800:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------ the tables of a CPU
+
+def generation(args, report):
+    for size in args.sizes:
+        batch, new, prompt = (2, 8, 8) if args.quick else (4, 64, 64) if size == "smollm2" else (8, 128, 64)
+        real = size == "smollm2" and args.model
+        model = load_pretrained(args.model) if real else build("toy" if args.quick else size)
+        theirs, vocab = transformers_copy(model), model.config.vocab_size
+        prompts = [random_ids(prompt, vocab, i) for i in range(batch)]
+        same = generate(model, prompts, [8] * batch, temperature=0) == their_generate(theirs, prompts, 8)
+        for n in (new, 4 * new if args.quick else 256) if size == args.sizes[0] else (new,):
+            arms = {"ours": lambda: generate(model, prompts, [n] * batch, generator=torch.Generator().manual_seed(0), **SAMPLING),
+                    "transformers": lambda: their_generate(theirs, prompts, n, do_sample=True, **SAMPLING)}
+            if n != new:
+                arms["no cache"] = lambda: their_generate(theirs, prompts, n, cache=False, do_sample=True, **SAMPLING)
+            seconds = rounds(arms, args.repeats, "cpu")
+            report.row("generate, CPU: seconds, and how many times faster we are", seconds, size=f"{size}{' (checkpoint)' if real else ''}", batch=batch,
+                       new=n, ours=spread(seconds["ours"]), transformers=spread(seconds["transformers"]), faster=times_faster(seconds, "ours", "transformers"),
+                       no_cache=spread(seconds.get("no cache", [float("nan")])) if n != new else "-",
+                       faster_than_no_cache=times_faster(seconds, "ours", "no cache") if n != new else "-", same_greedy_text="yes" if same else "NO")
+
+
+def training(args, report):
+    why = missing("datasets", "trl", "trl.experimental.orpo")
+    if why:
+        print(f"train: the TRL arm is left out: {why}")
+    names = ["ours", "two rows"] + ["TRL"] * (not why)
+    for shape in ("long", "short"):
+        size, vocab, scale = ("toy", 256, 16) if args.quick else ("trained", SHAPES[shape][4], 1)
+        pairs = make_pairs(shape, scale=scale)
+        for p in pairs if args.quick else ():
+            p.prompt, p.chosen, p.rejected = ([t % 255 + 1 for t in ids] for ids in (p.prompt, p.chosen, p.rejected))
+        for loss in ("dpo", "orpo"):
+            losses, arms = {name: [] for name in names}, {}
+            for name in names:
+                step, _ = train_arm(name, loss, size, vocab, "cpu", train_config(loss, len(pairs)))
+                arms[name] = lambda name=name, step=step: losses[name].append(step(pairs))
+            seconds = rounds(arms, args.repeats, "cpu")
+            del arms
+            peaks = {name: in_a_child(args, name, loss, shape, size, vocab, scale) for name in names}
+            apart = max(abs(a - b) for name in names[1:] for a, b in zip(losses["ours"], losses[name]))
+            row = {"shape": shape, "loss": loss, "pairs": len(pairs)}
+            for name in names:
+                row |= {name: spread(seconds[name]), f"{name} MiB": "-" if peaks[name] is None else f"{peaks[name] / MiB:.0f}"}
+            row |= {f"faster than {name}": times_faster(seconds, "ours", name) for name in names[1:]}
+            report.row("one training step, CPU: seconds, and peak memory above weights and moments", {"seconds": seconds, "bytes": peaks, "losses": losses},
+                       **row, **{"loss": f"{loss} {losses['ours'][0]:.4f}", "loss apart": f"{apart:.1g}"})
+
+
+def whole_step(args, report):
+    """Both shapes in one batch. Two steps a round, since we write the segments of both at once: the EMA moves every second step.
+
+    The peer writes them step by step with transformers (same cuts) and moves no EMA; both use the same micro-batches.
+    """
+    why = missing("datasets", "trl", "trl.experimental.orpo")
+    if why:
+        return print(f"step: left out: {why}")
+    size, vocab, scale = ("toy", 256, 16) if args.quick else ("trained", SHAPES["long"][4], 1)
+    pairs = [p for shape in ("long", "short") for p in make_pairs(shape, 2, scale)]
+    examples = [sapo.Example(*([t % (vocab - 1) + 1 for t in ids] for ids in (p.prompt, p.chosen))) for p in pairs]
+    B = str(128 // scale)
+    for loss in ("dpo", "orpo"):
+        cfg = sapo.SAPOConfig(loss=loss, lam=0.1, batch_size=len(examples), micro_batch=2, segment=B, buffer_size=len(examples), nll_on="prompt+response")
+        policy = build(size, vocab=vocab)
+        state = sapo.State.start(policy, cfg, (), keep_ref=False)
+        theirs, ema = transformers_copy(policy), transformers_copy(policy)
+        step, cuts = their_trainer(theirs, transformers_copy(policy) if loss == "dpo" else None, cfg), np.random.default_rng(0)
+
+        def ours():
+            for _ in range(2):
+                sapo.sapo_step(state, lambda n: (examples * n)[:n], cfg)
+
+        def peers():
+            for _ in range(2):
+                spans = [sapo.split(e.chosen, cfg.segment, (), cuts) for e in examples]
+                new = their_generate(ema, [e.prompt + e.chosen[:start] for e, (start, _) in zip(examples, spans)], int(B), do_sample=True, **SAMPLING)
+                step([Pair(e.prompt, e.chosen, e.chosen[:start] + b + e.chosen[stop:]) for e, b, (start, stop) in zip(examples, new, spans)])
+
+        seconds = rounds({"ours": ours, "peers": peers}, args.repeats, "cpu")
+        report.row("a whole step, CPU: seconds for two steps of 2 long and 2 short pairs", seconds, loss=loss, ours=spread(seconds["ours"]),
+                   transformers_and_TRL=spread(seconds["peers"]), faster=times_faster(seconds, "ours", "peers"))
+
+
+# ------------------------------------------------------------------------------------------------ growth
+
+def growths(quick):
+    """(what grows, its values, the quantity, its law, the exponents that law allows, value -> function to measure, memory too?)"""
+    size, text = ("toy", 32) if quick else ("tiny", 256)
+
+    def train(length=text, n=2, vocab=1024, segment=16):
+        x, a, c = length // 2, 0, length // 2 - segment
+        ids = lambda k, seed: random_ids(k, vocab, seed)
+        pairs = [Pair(ids(x, 4 * i), ids(segment, 4 * i + 1) + ids(c, 4 * i + 2), ids(segment, 4 * i + 3) + ids(c, 4 * i + 2), a, segment, segment) for i in range(n)]
+        step, _ = train_arm("ours", "dpo", size, vocab, "cpu", train_config("dpo", n))
+        return lambda: step(pairs)
+
+    def write(segment=text // 4, n=2, vocab=1024):
+        model, prompts = build(size, vocab=vocab), [random_ids(text // 4, vocab, i) for i in range(n)]
+        return lambda: generate(model, prompts, [segment] * n, generator=torch.Generator().manual_seed(0), **SAMPLING)
+
+    def buffer(capacity):
+        store, pair = ReplayBuffer(capacity), ([1] * 8, [2] * 8, [3] * 8)      # all pairs share their lists
+        for _ in range(capacity):
+            store.add(Pair(*pair))
+        return store
+
+    def add(capacity):
+        store, pairs = buffer(capacity), [Pair([1], [2], [3]) for _ in range(1000)]
+        return lambda: [store.add(p) for p in pairs]
+
+    def draw(capacity):
+        store = buffer(capacity)
+        return lambda: [store.sample(8) for _ in range(100)]
+
+    doubled = lambda low, high: [2**i for i in range(low.bit_length() - 1, high.bit_length())]
+    lengths, batches, segments = (doubled(*r) for r in (((16, 64), (1, 4), (4, 16)) if quick else ((256, 2048), (1, 16), (16, 256))))
+    vocabularies, buffers = ([256, 1024], [10, 1000]) if quick else ([2**i for i in (10, 12, 14, 16, 17)], [10, 100, 1000, 10_000, 100_000, 1_000_000])
+    long = max(lengths[-1], 4 * segments[-1]) if quick else 1024
+    return [("length", lengths, "train", "linear + attention's square", (0.5, 2), lambda v: train(length=v), True),
+            ("batch", batches, "train", "linear", (0.5, 1.2), lambda v: train(n=v), True),
+            ("batch", batches, "write", "constant, then linear", (0, 1), lambda v: write(n=v), False),
+            ("segment", segments, "train", "constant", (-0.2, 0.2), lambda v: train(length=long, segment=v), False),
+            ("segment", segments, "write", "linear", (0.5, 1.3), lambda v: write(segment=v), False),
+            ("vocabulary", vocabularies, "train", "constant + linear", (0, 1.1), lambda v: train(vocab=v), True),
+            ("vocabulary", vocabularies, "write", "constant + linear", (0, 1.1), lambda v: write(vocab=v), False),
+            ("buffer", buffers, "1000 adds", "constant", (-0.2, 0.2), add, False),
+            ("buffer", buffers, "100 draws of 8", "constant; deque: + linear, tiny", (-0.2, 0.6), draw, False)]
+
+
+def growth(args, report):
+    slope = lambda x, y: float(np.polyfit(np.log(x), np.log(y), 1)[0])
+    curves = []
+    for what, values, quantity, law, (low, high), make, with_memory in growths(args.quick):
+        seconds, peaks = [], []
+        for value in values:
+            run = make(value)
+            seconds.append(rounds({"": run}, args.repeats, "cpu")[""])
+            if with_memory:
+                peaks.append(memory_of(run, "cpu"))
+        measured = {"s": [statistics.median(s) for s in seconds]} | ({"MiB": [p / MiB for p in peaks]} if peaks and None not in peaks else {})
+        for unit, points in measured.items():
+            exponent = slope(values, np.maximum(points, 1e-9))
+            curves.append((what, values, f"{quantity}, {unit}", points))
+            report.row("growth, CPU: measured ~ value ^ exponent", {"values": values, "points": points, "seconds": seconds}, grows=what, measured=f"{quantity}, {unit}",
+                       points="  ".join(f"{v}: {p:.3g}" for v, p in zip(values, points)), law=law if unit == "s" else "constant + linear",
+                       exponent=f"{exponent:.2f}", last_two=f"{slope(values[-2:], np.maximum(points[-2:], 1e-9)):.2f}",
+                       as_expected="yes" if low <= exponent <= high or unit == "MiB" and exponent <= 1.1 else "NO")
+    if args.figure:
+        draw_growth(curves, args.figure)
+
+
+def draw_growth(curves, path):
+    """Each quantity over its first value, both axes logarithmic; dotted: constant, linear, quadratic. 900 pixels wide."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(9, 6), dpi=100, layout="constrained")
+    for ax, what in zip(axes.flat, dict.fromkeys(c[0] for c in curves)):
+        mine = [c for c in curves if c[0] == what]
+        x = np.array(mine[0][1], float)
+        tallest = max(max(np.divide(c[3], c[3][0])) for c in mine)
+        for power in (0, 1, 2):
+            ax.plot(x, (x / x[0]) ** power, ":", color="0.6", lw=1)
+        for (_, values, name, points), marker in zip(mine, "osd^"):
+            ax.plot(values, np.divide(points, points[0]), marker=marker, ms=4, label=name)
+        ax.set(xscale="log", yscale="log", title=what, xlabel=what, ylim=(0.3, 4 * max(tallest, 2)))
+        ax.legend(fontsize=8, frameon=False, loc="upper left")
+    axes.flat[0].set_ylabel("times the first point")
+    axes.flat[3].set_ylabel("times the first point")
+    axes.flat[5].axis("off")
+    axes.flat[5].text(0, 0.5, "dotted: constant, linear,\nquadratic growth", fontsize=10)
+    figure.savefig(path)
+
+
+# ------------------------------------------------------------------------------------------------ the tables of a GPU
+
+def gpu_rates(args, report):
+    """(bytes a second, FLOP a second) of a large copy, read and written bytes counted, and of a large bf16 matmul: the best of 10."""
+    n, side = (2**20, 256) if args.quick else (2**31, 8192)
+    source, a = torch.zeros(n, dtype=torch.uint8, device=args.device), torch.randn(side, side, device=args.device).bfloat16()
+    target, b = torch.empty_like(source), torch.randn_like(a)
+    best = {k: min(v) for k, v in rounds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 10, args.device).items()}
+    bandwidth, flops = 2 * n / best["copy"], 2 * side**3 / best["matmul"]
+    report.row("GPU: rates measured in this run", None, copy=f"{bandwidth / 1e12:.2f} TB/s", matmul_bf16=f"{flops / 1e12:.0f} TFLOP/s")
+    return bandwidth, flops
+
+
+def gpu_generation(args, report, size, bandwidth):
+    """Decoding in bf16. The floor of a step: weights and the keys and values written so far, read once at the copy's rate."""
+    prompt, new = (16, 12) if args.quick else (128, 256)
+    real = size == "smollm2" and args.model
+    model = load_pretrained(args.model, torch.bfloat16, args.device) if real else build(toy(args, size), args.device, torch.bfloat16)
+    c, why = model.config, missing("transformers")
+    theirs = None if why else transformers_copy(model, torch.bfloat16)
+    weights = 2 * (sum(p.numel() for p in model.parameters()) - (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel()))
+    for batch in (1, 8, 64):
+        prompts, decode = [random_ids(prompt, c.vocab_size, i) for i in range(batch)], []
+
+        @contextmanager
+        def timed(stage):
+            sync(args.device)
+            start = time.perf_counter()
+            yield
+            sync(args.device)
+            if stage == "decode":
+                decode.append(time.perf_counter() - start)
+
+        arms = {"ours": lambda: generate(model, prompts, [new] * batch, generator=torch.Generator().manual_seed(0), timed=timed, **SAMPLING)}
+        if theirs is not None:
+            arms["transformers"] = lambda: their_generate(theirs, prompts, new, do_sample=True, **SAMPLING)
+        seconds = rounds(arms, args.repeats, args.device)
+        cached = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * batch * (prompt + new / 2)
+        floor, ours = (weights + cached) / bandwidth, [s / (new - 1) for s in decode[1:]]
+        rate = lambda arm: spread([batch * new / s for s in seconds[arm]]) if arm in seconds else why
+        report.row("GPU: generate, bf16", {"seconds": seconds, "decode": decode[1:], "floor": floor}, size=f"{size}{' (checkpoint)' if real else ''}", batch=batch, new=new,
+                   ours_tokens_per_s=rate("ours"), transformers_tokens_per_s=rate("transformers"),
+                   faster=times_faster(seconds, "ours", "transformers") if theirs is not None else "-",
+                   ms_a_decode_step=spread(ours, 1e-3), floor_ms=f"{floor * 1e3:.3g}", share_of_floor=f"{floor / statistics.median(ours):.0%}")
+
+
+def toy(args, size):
+    return "toy" if args.quick else size
+
+
+def gpu_training(args, report, size, peak):
+    """Rows of 2048 tokens (trunk 1024, branches 512). MFU: 6 FLOP per parameter and token of a row, whatever the head and the reference really do.
+
+    `asked`: the matmuls that the method asks for (the head on labelled tokens only, the reference too; nothing recomputed).
+    """
+    autocast = functools.partial(torch.autocast, args.device, torch.bfloat16)
+    n, long = {"smollm2": 8}.get(size, 4), 64 if args.quick else 1024
+    vocab = SIZES[toy(args, size)][5]
+    ids = lambda k, seed: random_ids(k, vocab, seed)
+    pairs = [Pair(ids(long // 2, 3 * i), ids(long, 3 * i + 1), [], long // 2, long, long) for i in range(n)]
+    for i, p in enumerate(pairs):
+        p.rejected = p.chosen[:long // 2] + ids(long // 2, 3 * i + 2)
+    why = missing("datasets", "trl", "trl.experimental.orpo")
+    if why:
+        print(f"GPU: training: the TRL arm is left out: {why}")
+    for loss in ("dpo", "orpo"):
+        for checkpointing in (False, True):
+            with report.section(f"GPU training {size} {loss} checkpointing {checkpointing}"):
+                cfg, losses = train_config(loss, n), {"ours": [], "TRL": []}
+                steps, policy, arms = {}, None, {}
+                for name in ("ours", "TRL") if size == "smollm2" and not why and not checkpointing else ("ours",):
+                    steps[name], model = train_arm(name, loss, toy(args, size), vocab, args.device, cfg, autocast, checkpointing)
+                    policy = policy or model
+                    arms[name] = lambda name=name: losses[name].append(steps[name](pairs))
+                seconds = rounds(arms, args.repeats, args.device)
+                policy.zero_grad(set_to_none=True)
+                memory = memory_of(lambda: steps["ours"](pairs), args.device)
+                batch = sapo.collate(pairs, **sapo.scored_tokens(cfg))
+                tokens, labelled = batch.ids.numel(), int((batch.labels != sapo.IGNORE).sum())
+                N, head = sum(p.numel() for p in policy.parameters()), policy.lm_head.weight.numel()
+                asked = (8 if loss == "dpo" else 6) * ((N - head) * tokens + head * labelled)
+                middle = statistics.median(seconds["ours"])
+                report.row("GPU: training, bf16 autocast on float32 weights", {"seconds": seconds, "bytes": memory, "losses": losses}, size=size, loss=loss,
+                           checkpointing=checkpointing, pairs=n, seconds=spread(seconds["ours"]), tokens_per_s=f"{tokens / middle:.0f}",
+                           MFU=f"{6 * N * tokens / middle / peak:.1%}", asked=f"{asked / middle / peak:.1%}", GiB_above_weights=f"{(memory or 0) / GiB:.2f}",
+                           faster_than_TRL=times_faster(seconds, "ours", "TRL") if "TRL" in seconds else "-",
+                           loss_apart=f"{max(abs(a - b) for a, b in zip(losses['ours'], losses['TRL'])):.1g}" if "TRL" in seconds else "-")
+                del steps, arms, policy, model
+
+
+def gpu_step(args, report, size):
+    """Where the time of sapo_step goes: prompts and responses of 512, segments of 256, a bf16 writer that follows the EMA."""
+    n, micro, long = (4, 2, 32) if args.quick else (16, 8, 512) if size == "smollm2" else (8, 4, 512)
+    cfg = sapo.SAPOConfig(batch_size=n, micro_batch=micro, segment=str(long // 2), buffer_size=4 * n)
+    policy = build(toy(args, size), args.device)
+    state = sapo.State.start(policy, cfg, ())
+    state.writer = twin(policy).to(torch.bfloat16)
+    vocab, drawn = policy.config.vocab_size, iter(range(10**9))
+    draw = lambda k: [sapo.Example(*(random_ids(long, vocab, 2 * i + j) for j in (0, 1))) for i in (next(drawn) for _ in range(k))]
+    autocast, stages = functools.partial(torch.autocast, args.device, torch.bfloat16), []
+
+    def two_steps():         # the segments of both are written in the first
+        spent, start = {}, time.perf_counter()
+        for _ in range(2):
+            sapo.sapo_step(state, draw, cfg, autocast)
+            for stage, seconds in state.times.items():
+                spent[stage] = spent.get(stage, 0.0) + seconds
+        with state.timed("refresh"):
+            sapo.copy_parameters(state.writer, state.ema)
+        sync(args.device)
+        spent["refresh"] = state.times["refresh"]
+        spent["all else"] = time.perf_counter() - start - sum(spent.values())
+        stages.append(spent)
+
+    two_steps()
+    stages.clear()
+    memory = memory_of(lambda: rounds({"": two_steps}, args.repeats, args.device), args.device)
+    whole = [sum(s.values()) for s in stages[1:]]
+    parts = {stage: f"{statistics.median(s[stage] for s in stages[1:]) / statistics.median(whole):.0%}" for stage in stages[-1]}
+    report.row("GPU: stages of sapo_step, DPO", {"stages": stages[1:], "bytes": memory}, size=size, pairs=n, seconds_a_step=spread(whole, 2), **parts,
+               GiB_above_weights=f"{(memory or 0) / GiB:.2f}")
+
+
+def gpu(args, report):
+    rates = (3e12, 8e14)         # only if the rates below cannot be measured
+    with report.section("GPU rates"):
+        rates = gpu_rates(args, report)
+    for size in args.sizes:
+        for name, table, more in (("generate", gpu_generation, rates[:1]), ("train", gpu_training, rates[1:]), ("step", gpu_step, ())):
+            if args.section in (name, "all"):
+                with report.section(f"GPU {name} {size}"):
+                    table(args, report, size, *more)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("section", nargs="?", default="all", choices=("generate", "train", "step", "growth", "all"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--repeats", type=int, help="measured rounds (default 5; with --quick 2)")
+    parser.add_argument("--sizes", help="of generate: tiny,small,smollm2; with --device cuda of all tables: smollm2,1.2B")
+    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct for the size smollm2; without it, random weights")
+    parser.add_argument("--json", help="write everything there, raw seconds too")
+    parser.add_argument("--figure", help="growth: draw it there (png)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script")
+    parser.add_argument("--as-gpu", action="store_true", help="the GPU's tables on this device; with --quick, to try them on a CPU")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        return print(json.dumps(arm_memory(*json.loads(args.memory_of))))
+    on_gpu = args.device == "cuda" or args.as_gpu
+    args.sizes = (args.sizes or ("smollm2,1.2B" if on_gpu else "tiny,small,smollm2")).split(",")
+    if unknown := set(args.sizes) - set(SIZES):
+        parser.error(f"--sizes: {', '.join(unknown)} is unknown; choose from {', '.join(SIZES)}")
+    args.repeats = args.repeats or (2 if args.quick else 5)
+    versions = {name: importlib.import_module(name).__version__ for name in ("transformers", "trl") if not missing(name)}
+    report = Report(args.json, {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, **versions, "threads": torch.get_num_threads(),
+                                "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+                                "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "-"})
+    if on_gpu:
+        gpu(args, report)
+    else:
+        for name, table in {"generate": generation, "train": training, "step": whole_step, "growth": growth}.items():
+            if args.section in (name, "all"):
+                with report.section(name):
+                    table(args, report)
+    print(f"\n{time.perf_counter() - report.start:.0f} s in all", *([f"FAILED: {', '.join(report.data['errors'])}"] if report.data["errors"] else []), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
