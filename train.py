@@ -71,7 +71,8 @@ class Config(SAPOConfig):
     sft_steps: int = setting(0, "supervised warm-up steps before SAPO", low=0)
     sft_lr: float = setting(2e-5, "peak learning rate of the warm-up", low=0)
     sft_batch_size: int = setting(64, "rows a warm-up step, over all processes", low=1)
-    max_prompt_length: int = setting(1792, "tokens; a longer prompt loses its left end, BOS kept", "paper", low=1)
+    max_prompt_length: int | None = setting(None, "tokens; a longer prompt loses its left end, BOS kept; "
+                                                  "without it 7/8 of --max-length, the paper's 1792 of 2048", "paper", low=1)
     max_length: int | None = setting(None, "tokens of prompt and response; a longer response loses its right end; "
                                            "without it min(2048, the model's context)", "paper", low=2)
     seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
@@ -182,7 +183,7 @@ def checked(cfg):
         "--model is missing: a model folder or hub name (python train.py alone runs the tiny world)": not cfg.model,
         "--data is missing: a file of JSON lines with prompt and chosen, or messages": not cfg.data,
         f"--max-prompt-length {cfg.max_prompt_length} leaves no room for a response within --max-length {cfg.max_length}":
-            cfg.max_length is not None and cfg.max_prompt_length >= cfg.max_length,
+            cfg.max_length and cfg.max_prompt_length and cfg.max_prompt_length >= cfg.max_length,
         f"--buffer-size {cfg.buffer_size} is smaller than one batch of {cfg.batch_size} pairs": cfg.buffer_size < cfg.batch_size,
         f"--device {cfg.device}: torch sees none here; use --device cpu": cfg.device in sees and not sees[cfg.device](),
         "--from-scratch with --sft-steps 0: random weights write noise; give them a warm-up": cfg.from_scratch and not cfg.sft_steps,
@@ -959,8 +960,9 @@ class Run:
         cfg.max_length = cfg.max_length or min(2048, context)
         if cfg.max_length > context:
             raise BadInput(f"--max-length {cfg.max_length} is more than the model's context of {context}")
+        cfg.max_prompt_length = cfg.max_prompt_length or cfg.max_length * 7 // 8
         if cfg.max_prompt_length >= cfg.max_length:
-            cfg.max_prompt_length = cfg.max_length * 7 // 8                            # the paper's share, 1792 of 2048
+            raise BadInput(f"--max-prompt-length {cfg.max_prompt_length} leaves no room for a response within {cfg.max_length} tokens")
         self.text = Text(self.files, self.source, self.config, cfg.chat_template)
 
         train_rows, held_rows = rows["data"], rows.get("eval_data")
@@ -1289,8 +1291,8 @@ class Run:
         if world.first and not self.resume:
             self.record()
         self.log = Log(self.out, world.first)
-        for data in (self.data, self.held_data, self.sft_data):
-            self.log.say(data.note)
+        for note in dict.fromkeys(d.note for d in (self.sft_data, self.data, self.held_data)):
+            self.log.say(note)
         checkpoint = [newest_checkpoint(self.out) if self.resume and world.first else None]
         checkpoint = world.all(checkpoint[0])[0]
         if self.resume and not checkpoint:               # stopped before the first checkpoint: begin again

@@ -1,0 +1,537 @@
+"""Planted bugs: each is one that somebody could make, and each has a test that must turn red.
+
+    python tests/mutants.py              plant each bug in a copy of the project and run its test: caught or MISSED
+    python tests/mutants.py list         the table; stations of the workshop are marked
+    python tests/mutants.py 7            plant number 7 here, for somebody to find
+    python tests/mutants.py homework     empty three functions here, for somebody to write
+    python tests/mutants.py undo         and put everything back
+
+A new bug is one more entry below: a name, the file, the text it changes (found there exactly once), the new text, the
+test. Where the text is not found the program stops, so that no bug quietly stops being planted.
+Left out: torch and pytest, which only the tests themselves need. Planting works on any laptop that has Python.
+"""
+
+import argparse
+import ast
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKUP = "tests/.mutant.json"       # what stood in a file before something was planted in it
+NOT_COPIED = (".*", "__pycache__", "venv", "runs", "*.tmp")
+TIMEOUT = 300                       # seconds for one test
+
+
+class Mutant(NamedTuple):
+    name: str                       # what is wrong, in a few words
+    file: str
+    old: str                        # stands in the file exactly once
+    new: str
+    test: str                       # the test that must turn red
+    station: str = ""               # of the workshop
+
+
+STATIONS = ("1 segment", "2 shift and sum/mean", "3 buffer", "4 which way alpha points", "5 who writes B'", "6 collapsing curves")
+LOSSES, BUFFER, MODEL, LORA, SAPO = (f"tests/test_{name}.py::test_" for name in ("losses", "buffer", "model", "lora", "sapo"))
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------ losses.py
+    Mutant("DPO compares rejected with chosen", "losses.py",
+           "F.logsigmoid(chosen_rewards - rejected_rewards)",
+           "F.logsigmoid(rejected_rewards - chosen_rewards)",
+           LOSSES + "dpo_falls_as_the_margin_grows", STATIONS[5]),
+    Mutant("DPO adds the reference instead of taking it away", "losses.py",
+           "beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)",
+           "beta * (chosen + ref_chosen), beta * (rejected + ref_rejected)",
+           LOSSES + "the_first_dpo_loss_is_ln_2"),
+    Mutant("the odds-ratio term has the wrong sign", "losses.py",
+           "nll - lam * F.logsigmoid(ratio)",
+           "nll + lam * F.logsigmoid(ratio)",
+           LOSSES + "the_orpo_gradient_raises_chosen_and_lowers_rejected"),
+    Mutant("ORPO compares probabilities, not odds", "losses.py",
+           "ratio = log_odds(chosen) - log_odds(rejected)",
+           "ratio = chosen - rejected",
+           LOSSES + "orpo_is_what_a_loop_of_floats_says"),
+    Mutant("log1mexp without the split at -ln 2", "losses.py",
+           "return torch.where(near, from_expm1, from_log1p)",
+           "return from_log1p",
+           LOSSES + "log1mexp_keeps_its_digits_in_float32"),
+    Mutant("the branch of log1mexp that is not taken gets any argument", "losses.py",
+           "torch.log1p(-torch.exp(torch.where(near, -1.0, x)))",
+           "torch.log1p(-torch.exp(x))",
+           LOSSES + "log_odds_are_finite_in_float32"),
+    Mutant("SLiC's hinge opens the wrong way", "losses.py",
+           "F.relu(delta - chosen + rejected)",
+           "F.relu(delta + chosen - rejected)",
+           LOSSES + "beyond_its_margin_a_pair_costs_slic_the_nll_alone"),
+    Mutant("the log-softmax is taken in half precision", "losses.py",
+           "logits = logits.to(torch.promote_types(logits.dtype, torch.float32))",
+           "logits = logits.contiguous()",
+           LOSSES + "half_precision_goes_in_and_float32_comes_out"),
+    Mutant("a label of id 0 counts as none", "losses.py",
+           "wanted = labels != IGNORE",
+           "wanted = labels > 0",
+           LOSSES + "token_logps_are_the_log_softmax_at_the_labels"),
+
+    # ------------------------------------------------------------------------------------------------ buffer.py
+    Mutant("the newest pair leaves a full buffer, not the oldest", "buffer.py",
+           "        self.pairs.append(pair)",
+           "        if len(self) == self.pairs.maxlen:\n            self.pairs.pop()\n        self.pairs.append(pair)",
+           BUFFER + "the_oldest_pair_leaves_first", STATIONS[2]),
+    Mutant("pairs are drawn with replacement", "buffer.py",
+           "replace=False, p=weights",
+           "replace=True, p=weights",
+           BUFFER + "no_pair_comes_twice_in_one_draw"),
+    Mutant("only the newest pairs are drawn", "buffer.py",
+           "for i in self.rng.choice(len(self), n, replace=False, p=weights)]",
+           "for i in range(len(self) - n, len(self))]",
+           BUFFER + "draws_are_uniform_over_the_buffer"),
+    Mutant("uses are not counted", "buffer.py",
+           "            pair.uses += 1",
+           "            pair.uses = 1",
+           BUFFER + "uses_are_counted_on_the_pairs_that_were_drawn"),
+    Mutant("inverse-count prefers what was used most", "buffer.py",
+           "weights = 1.0 / (1.0 + np.fromiter((p.uses for p in self.pairs), float, len(self)))",
+           "weights = 1.0 + np.fromiter((p.uses for p in self.pairs), float, len(self))",
+           BUFFER + "inverse_count_evens_the_uses_out"),
+    Mutant("the generator is not restored", "buffer.py",
+           '        self.rng.bit_generator.state = state["rng"]',
+           "        self.rng = np.random.default_rng(0)",
+           BUFFER + "a_saved_buffer_continues_the_same_draws"),
+    Mutant("the reference's log-probs are saved in half their digits", "buffer.py",
+           '"floats": table(FLOATS, np.float64)',
+           '"floats": table(FLOATS, np.float32)',
+           BUFFER + "what_is_packed_unpacks_to_the_same_pairs"),
+
+    # ------------------------------------------------------------------------------------------------ model.py
+    Mutant("rotary positions pair neighbours", "model.py",
+           "    first, second = x.chunk(2, -1)\n    return x * cos + torch.cat((-second, first), -1) * sin",
+           "    first, second = x[..., ::2], x[..., 1::2]\n    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin",
+           MODEL + "the_logits_are_those_of_transformers[llama]"),
+    Mutant("RMSNorm takes the usual eps, not the checkpoint's", "model.py",
+           "self.weight, self.eps = nn.Parameter(torch.ones(size)), eps",
+           "self.weight, self.eps = nn.Parameter(torch.ones(size)), 1e-6",
+           MODEL + "the_logits_are_those_of_transformers[llama]"),
+    Mutant("key-value heads are repeated in the wrong order", "model.py",
+           "t.repeat_interleave(q.shape[1] // t.shape[1], 1)",
+           "t.repeat(1, q.shape[1] // t.shape[1], 1, 1)",
+           MODEL + "prefill_and_decoding_give_the_logits_of_the_whole_text[groups]"),
+    Mutant("rope_theta is read in one dialect only", "model.py",
+           'next((t for t in (scaling.get("rope_theta"), raw.get("rope_theta")) if t is not None), 10000.0)',
+           'raw.get("rope_theta", 10000.0)',
+           MODEL + "the_logits_are_those_of_transformers[llama]"),
+    Mutant("llama3 scaling is ignored", "model.py",
+           'if rope["rope_type"] == "default":',
+           'if rope["rope_type"] in ("default", "llama3"):',
+           MODEL + "the_logits_are_those_of_transformers[llama, llama3 rope beyond its length]"),
+    Mutant("llama3 scaling slows the short waves, not the long ones", "model.py",
+           "(1 - keep) * slowed + keep * inv",
+           "keep * slowed + (1 - keep) * inv",
+           MODEL + "the_logits_are_those_of_transformers[llama, llama3 rope beyond its length]"),
+    Mutant("the sliding window is one token too wide", "model.py",
+           "(key[..., None, :] > query[..., :, None] - window)",
+           "(key[..., None, :] >= query[..., :, None] - window)",
+           MODEL + "the_logits_are_those_of_transformers[mistral, beyond its window]"),
+    Mutant("a tied head is only equal after loading, not tied", "model.py",
+           "        model.lm_head.weight = model.model.embed_tokens.weight",
+           "        model.lm_head.weight = nn.Parameter(embedding.clone())",
+           MODEL + "a_tied_head_that_is_stored_as_well_loads_wherever_it_lies"),
+    Mutant("the rejected branch sees the chosen one", "model.py",
+           "attend_branches(q, k, v, trunk, *masks) if trunk else attend(q, k, v, masks[0])",
+           'attend(q, k, v, "causal" if trunk else masks[0])',
+           MODEL + "both_branches_have_the_logits_of_plain_rows"),
+    Mutant("branches see the padding of the trunk", "model.py",
+           "visible(branches, row.expand(len(branches), P)) & (row < length)[:, None]",
+           "visible(branches, row.expand(len(branches), P))",
+           MODEL + "both_branches_have_the_logits_of_plain_rows"),
+    Mutant("positions are off by one while decoding", "model.py",
+           "positions=(lengths + made - 1)[:, None]",
+           "positions=(lengths + made)[:, None]",
+           MODEL + "a_batch_is_written_as_a_loop_without_a_cache_writes_it"),
+    Mutant("short rows read their padding while decoding", "model.py",
+           "return visible(positions, slots)[:, None], None",
+           "return visible(positions.amax().expand_as(positions), slots)[:, None], None",
+           MODEL + "many_rows_are_written_as_one_row_at_a_time"),
+    Mutant("the first token comes from the last column, padding or not", "model.py",
+           "hidden[torch.arange(len(prompts), device=device), lengths - 1]",
+           "hidden[:, -1]",
+           MODEL + "many_rows_are_written_as_one_row_at_a_time"),
+    Mutant("top-p leaves out the token that reaches it", "model.py",
+           "probs * (probs.cumsum(-1) - probs < top_p)",
+           "probs * (probs.cumsum(-1) < top_p)",
+           MODEL + "the_ends_of_the_unit_interval_give_tokens_that_were_kept"),
+    Mutant("the temperature multiplies", "model.py",
+           "logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature",
+           "logits.to(torch.promote_types(logits.dtype, torch.float32)) * temperature",
+           MODEL + "the_filtered_distribution_is_that_of_transformers"),
+    Mutant("a twin is the model itself", "model.py",
+           "shared = {id(p): p for p in model.parameters() if not p.requires_grad}",
+           "shared = {id(p): p for p in model.parameters()}",
+           MODEL + "changes_to_the_policy_do_not_reach_its_twin"),
+    Mutant("LoRA forgets its scale", "model.py",
+           "F.linear(x, self.weight, self.bias) + self.scale * change",
+           "F.linear(x, self.weight, self.bias) + change",
+           LORA + "an_adapter_adds_alpha_over_rank_times_B_A_x"),
+    Mutant("LoRA's A trains as well", "model.py",
+           "nn.Parameter(A.to(linear.weight.device), requires_grad=False)",
+           "nn.Parameter(A.to(linear.weight.device))",
+           LORA + "steps_move_the_merged_ema_as_an_ema_of_the_merged_policy"),
+    Mutant("LoRA's B does not start at 0", "model.py",
+           "nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))",
+           "nn.Parameter(torch.randn(rows, rank, device=linear.weight.device) / rank)",
+           LORA + "while_B_is_0_the_logits_are_the_bases_bit_for_bit"),
+    Mutant("a model with adapters is saved without them", "model.py",
+           '(module.merged() if leaf == "weight" and isinstance(module, LoRA) else p).detach()',
+           "p.detach()",
+           LORA + "a_model_with_adapters_is_saved_as_a_plain_one"),
+    Mutant("peft is told the scale for alpha", "model.py",
+           '"lora_alpha": scale * rank',
+           '"lora_alpha": scale',
+           LORA + "peft_gives_the_adapter_the_same_logits"),
+
+    # ------------------------------------------------------------------------------------------------ sapo.py, sampling
+    Mutant("the cut never reaches the last place", "sapo.py",
+           "start = int(cuts.integers(0, n - length + 1))",
+           "start = int(cuts.integers(0, max(1, n - length)))",
+           SAPO + "cuts_are_uniform_over_the_legal_ones", STATIONS[0]),
+    Mutant("B may hold the end token", "sapo.py",
+           "n = len(chosen) - (chosen[-1] in eos)",
+           "n = len(chosen)",
+           SAPO + "cuts_are_uniform_over_the_legal_ones"),
+    Mutant("the policy writes B'", "sapo.py",
+           "generate(state.writer, prefixes,",
+           "generate(state.policy, prefixes,",
+           SAPO + "what_is_written_depends_on_the_ema_alone", STATIONS[4]),
+    Mutant("the writer is not given A", "sapo.py",
+           "prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]",
+           "prefixes = [list(e.prompt) for e, (start, _) in zip(examples, cuts)]",
+           SAPO + "the_writer_is_given_x_and_A_only"),
+    Mutant("the writer has read B", "sapo.py",
+           "prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]",
+           "prefixes = [list(e.prompt) + list(e.chosen[:stop]) for e, (_, stop) in zip(examples, cuts)]",
+           SAPO + "other_B_and_C_leave_B_prime_the_same"),
+    Mutant("C follows B' though B' ended the answer", "sapo.py",
+           "list(e.chosen[:start]) + new + ([] if ended else list(e.chosen[stop:]))",
+           "list(e.chosen[:start]) + new + list(e.chosen[stop:])",
+           SAPO + "y_minus_is_A_then_new_tokens_then_C"),
+    Mutant("segments are written past the next update of the EMA", "sapo.py",
+           "batches = min(steps_until(cfg.ema_every, state), cfg.write_ahead)",
+           "batches = cfg.write_ahead",
+           SAPO + "writing_ahead_changes_nothing"),
+    Mutant("pairs written ahead enter the buffer at once", "sapo.py",
+           "fresh = [state.written.popleft() for _ in range(cfg.batch_size)]",
+           "fresh = [state.written.popleft() for _ in range(len(state.written))]",
+           SAPO + "fresh_pairs_are_in_the_buffer_before_the_draw_and_the_oldest_leaves"),
+
+    # ------------------------------------------------------------------------------------------------ sapo.py, training
+    Mutant("the policy learns from the fresh pairs, not from the drawn ones", "sapo.py",
+           "pairs = state.buffer.sample(cfg.batch_size)",
+           "pairs = fresh",
+           SAPO + "training_uses_the_drawn_pairs_not_the_fresh_ones"),
+    Mutant("gradients of the last step are still there", "sapo.py",
+           "    state.optimizer.zero_grad(set_to_none=True)\n",
+           "",
+           SAPO + "a_gradient_that_is_not_finite_moves_nothing_and_is_seen"),
+    Mutant("a gradient that is not finite is stepped on", "sapo.py",
+           "sound = bool(norm.isfinite())",
+           "sound = True",
+           SAPO + "a_gradient_that_is_not_finite_moves_nothing_and_is_seen"),
+    Mutant("micro-batches are not weighed by their size", "sapo.py",
+           "(loss.sum() / len(pairs)).backward()",
+           "(loss.mean() / len(micro)).backward()",
+           SAPO + "one_micro_batch_equals_four"),
+    Mutant("each micro-batch counts in full", "sapo.py",
+           "(loss.sum() / len(pairs)).backward()",
+           "loss.mean().backward()",
+           SAPO + "the_gradient_is_that_of_the_mean_loss"),
+    Mutant("DPO is given means", "sapo.py",
+           "dpo_loss(chosen, rejected, *reference, cfg.beta)",
+           "dpo_loss(chosen / batch.lengths[:, 0], rejected / batch.lengths[:, 1], *reference, cfg.beta)",
+           SAPO + "dpo_takes_sums_and_leaves_out_A_which_cancels"),
+    Mutant("ORPO is given sums", "sapo.py",
+           "        chosen, rejected = chosen / batch.lengths[:, 0], rejected / batch.lengths[:, 1]\n",
+           "",
+           SAPO + "orpo_takes_means_over_the_whole_response"),
+    Mutant("the NLL is divided by another text's length", "sapo.py",
+           "nll = -fold(logps, batch)[0] / batch.lengths[:, 2]",
+           "nll = -fold(logps, batch)[0] / batch.lengths[:, 0]",
+           SAPO + "losses_and_gradients_are_those_of_a_loop_over_tokens[orpo-response-prompt+response]"),
+    Mutant("the seam counts C where y- has none", "sapo.py",
+           "followed = 0 < p.rejected_stop < len(p.rejected)",
+           "followed = True",
+           SAPO + "the_gap_is_that_of_the_segments_and_that_of_the_seam"),
+
+    # ------------------------------------------------------------------------------------------------ sapo.py, EMA and reference
+    Mutant("alpha weighs the new weights", "sapo.py",
+           "old.lerp_(new, 1 - alpha)",
+           "old.lerp_(new, alpha)",
+           SAPO + "alpha_weighs_the_old_ema", STATIONS[3]),
+    Mutant("the EMA is kept in bfloat16", "sapo.py",
+           "old.lerp_(new, 1 - alpha)",
+           "old.copy_(old.bfloat16().lerp_(new.bfloat16(), 1 - alpha))",
+           SAPO + "the_ema_keeps_its_closed_form_over_1000_small_steps"),
+    Mutant("the EMA moves before the optimizer", "sapo.py",
+           """        if sound:
+            state.optimizer.step()                                                     # [8]
+    state.step += 1
+    if sound and state.step % period(cfg.ema_every, state) == 0:
+        with state.timed("ema"):
+            metrics["ema/distance"] = ema_update(state.ema, state.policy, cfg.alpha)   # [9]
+        state.ema_version += 1
+""",
+           """    state.step += 1
+    if sound and state.step % period(cfg.ema_every, state) == 0:
+        with state.timed("ema"):
+            metrics["ema/distance"] = ema_update(state.ema, state.policy, cfg.alpha)   # [9]
+        state.ema_version += 1
+    if sound:
+        state.optimizer.step()                                                         # [8]
+""",
+           SAPO + "the_ema_moves_every_k_steps_after_the_optimizer"),
+    Mutant("the EMA moves every step", "sapo.py",
+           "if sound and state.step % period(cfg.ema_every, state) == 0:",
+           "if sound:",
+           SAPO + "the_ema_moves_every_k_steps_after_the_optimizer"),
+    Mutant("the reference is the policy itself", "sapo.py",
+           'cls(policy, ema, ema, twin(policy) if cfg.loss == "dpo" else None,',
+           'cls(policy, ema, ema, policy if cfg.loss == "dpo" else None,',
+           SAPO + "at_the_start_ema_and_reference_are_copies_of_the_policy_that_do_not_train"),
+    Mutant("the reference is refreshed from the policy, whatever was asked", "sapo.py",
+           'copy_parameters(state.reference, state.ema if cfg.ref_from == "ema" else state.policy)',
+           "copy_parameters(state.reference, state.policy)",
+           SAPO + "the_reference_is_refreshed_when_asked_from_whom_it_was_asked"),
+    Mutant("log-probs of an older reference are used again", "sapo.py",
+           "if not state.keep_ref or p.ref_version != state.ref_version]",
+           "if not state.keep_ref or p.ref_version < 0]",
+           SAPO + "after_a_refresh_nothing_of_the_old_reference_is_used"),
+
+    # ------------------------------------------------------------------------------------------------ sapo.py, how a pair is scored
+    Mutant("labels are not shifted", "sapo.py",
+           "slice(start + 1, stop + 1)",
+           "slice(start, stop)",
+           SAPO + "a_label_is_the_token_after", STATIONS[1]),
+    Mutant("the prompt is scored", "sapo.py",
+           "spans = [(x, len(chosen)), (x, len(rejected))] if whole",
+           "spans = [(1, len(chosen)), (1, len(rejected))] if whole",
+           SAPO + "labels_are_the_response_and_nothing_of_the_prompt"),
+    Mutant("padding is a label", "sapo.py",
+           "np.full((len(blocks), width), IGNORE)",
+           "np.zeros((len(blocks), width), np.int64)",
+           SAPO + "padding_changes_no_loss[orpo-response-response]"),
+    Mutant("the trunk takes the token that opens the branches", "sapo.py",
+           "trunks.append(min(differ[0] if len(differ) else both, both - 1) - 1)",
+           "trunks.append(min(differ[0] if len(differ) else both, both - 1))",
+           SAPO + "labels_are_the_response_and_nothing_of_the_prompt"),
+    Mutant("positions of the rejected branch go on from the chosen one", "sapo.py",
+           "positions[row, P:] = trunks[row] + np.tile(np.arange(S), 2)",
+           "positions[row, P:] = trunks[row] + np.arange(2 * S)",
+           SAPO + "a_shared_trunk_equals_two_plain_rows"),
+    Mutant("the trunk counts for the chosen text only", "sapo.py",
+           "return common + branches[:, 0], common + branches[:, 1]",
+           "return common + branches[:, 0], branches[:, 1]",
+           SAPO + "a_shared_trunk_equals_two_plain_rows"),
+]
+
+HOMEWORK = [        # (file, function, what is to be written)
+    ("sapo.py", "split", "[2], where B starts and stops in y+; `segment_length` says how long it is, `cuts` draws"),
+    ("sapo.py", "ema_update", "[9], in place, and how far apart the two are afterwards"),
+    ("losses.py", "dpo_loss", "DPO, equation 7, and both rewards"),
+]
+
+
+class Stop(Exception):
+    """Nothing can go on; the message says why, in a line."""
+
+
+# ------------------------------------------------------------------------------------------------ text in, text out
+
+def read(root, file):
+    return (root / file).read_text("utf-8")
+
+
+def write(root, file, text):
+    """With the line ends it was written with here: a checkout must not look changed after undo."""
+    (root / file).write_bytes(text.replace("\n", os.linesep if b"\r\n" in (root / file).read_bytes() else "\n").encode("utf-8"))
+
+
+def mutated(mutant, root=ROOT):
+    """The text of the mutant's file with the bug in it."""
+    path = root / mutant.file
+    if not path.is_file():
+        raise Stop(f"'{mutant.name}': there is no {mutant.file} here")
+    text = read(root, mutant.file)
+    if text.count(mutant.old) != 1:
+        raise Stop(f"'{mutant.name}': the text it changes is found {text.count(mutant.old)} times in {mutant.file}, not once. "
+                   f"Bring its entry in tests/mutants.py up to date:\n{mutant.old}")
+    return text.replace(mutant.old, mutant.new)
+
+
+def function_at(text, at):
+    """The name of the innermost function around the character `at`, with its class: 'ReplayBuffer.sample'."""
+    line, best = text[:at].count("\n") + 1, "the module"
+
+    def visit(node, name):
+        nonlocal best
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)) and child.lineno <= line <= child.end_lineno:
+                best = ".".join(filter(None, (name, child.name)))
+                visit(child, best)
+
+    visit(ast.parse(text), "")
+    return best
+
+
+def where(mutant, root=ROOT):
+    """The function that the mutant changes."""
+    text = read(root, mutant.file)
+    return function_at(text, text.index(mutant.old) + len(mutant.old) - len(mutant.old.lstrip()))
+
+
+def emptied(text, function, what):
+    """`text` with the body of a function replaced by NotImplementedError; its docstring stays."""
+    node, = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name == function)
+    lines = text.splitlines(keepends=True)
+    first = node.body[1] if ast.get_docstring(node) else node.body[0]
+    lines[first.lineno - 1:node.end_lineno] = [f"    raise NotImplementedError({'yours to write: ' + what!r})\n"]
+    return "".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ here, for a workshop
+
+def plant(root, changes):
+    """Write {file: new text} into the working tree, the old texts into BACKUP."""
+    if (root / BACKUP).exists():
+        raise Stop("something is planted here already; first: python tests/mutants.py undo")
+    backup = {file: {"original": read(root, file), "planted": text} for file, text in changes.items()}
+    (root / BACKUP).write_text(json.dumps(backup), "utf-8")
+    for file, text in changes.items():
+        write(root, file, text)
+
+
+def undo(root, force=False):
+    """Put back what `plant` changed. Work that was done on top of it is thrown away only with `force`."""
+    if not (root / BACKUP).exists():
+        raise Stop("nothing is planted here")
+    backup = json.loads((root / BACKUP).read_text("utf-8"))
+    changed = [file for file, texts in backup.items() if read(root, file) not in texts.values()]
+    if changed and not force:
+        raise Stop(f"{' and '.join(changed)} changed since; 'python tests/mutants.py undo --force' throws that work away, so copy it first")
+    for file, texts in backup.items():
+        write(root, file, texts["original"])
+    (root / BACKUP).unlink()
+    return list(backup)
+
+
+# ------------------------------------------------------------------------------------------------ in copies, for the tests' sake
+
+def run_tests(folder, *tests):
+    """(exit code, output) of pytest on some tests in a folder; -1 where they ran too long. One thread, no bytecode:
+    two versions of a file of one size, written within a second, are one to Python's cache."""
+    more = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *dict.fromkeys(tests)]
+    try:
+        done = subprocess.run(command, cwd=folder, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT * len(tests),
+                              text=True, encoding="utf-8", errors="replace")
+        return done.returncode, done.stdout
+    except subprocess.TimeoutExpired:
+        return -1, f"more than {TIMEOUT} seconds"
+
+
+def hunt(chosen, root=ROOT, jobs=2, say=print):
+    """Plant the mutants one at a time in copies of the project and run the test of each. Returns those that were missed.
+
+    A test that is red without a bug proves nothing, so all of them are run on the untouched copy first.
+    """
+    if (root / BACKUP).exists():
+        raise Stop("something is planted here; first: python tests/mutants.py undo")
+    texts, start, missed = {m: mutated(m, root) for m in chosen}, time.perf_counter(), []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        copies = queue.SimpleQueue()
+        for i in range(jobs):
+            folder = Path(temporary) / f"copy{i}" / "project"        # where tests look for ../shared, there is none
+            shutil.copytree(root, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
+            copies.put(folder)
+        folder = copies.get()
+        code, output = run_tests(folder, *(m.test for m in chosen))
+        copies.put(folder)
+        if code or re.search(r"\d+ skipped", output):
+            raise Stop(f"without any bug the tests must be green, and none skipped:\n{output[-3000:]}")
+
+        def one(mutant):
+            folder = copies.get()
+            original = read(folder, mutant.file)
+            write(folder, mutant.file, texts[mutant])
+            code, output = run_tests(folder, mutant.test)
+            write(folder, mutant.file, original)
+            copies.put(folder)
+            return code, output
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for mutant, (code, output) in zip(chosen, pool.map(one, chosen)):
+                say(f"{'caught' if code == 1 else 'MISSED'}  {MUTANTS.index(mutant) + 1:3}  {mutant.file:10} {mutant.name}")
+                if code != 1:                            # 0: green; anything else: pytest itself could not run
+                    missed.append(mutant)
+                    say(f"        {mutant.test}" + (f"\n{output[-2000:]}" if code else " is green"))
+    say(f"{len(chosen) - len(missed)} of {len(chosen)} caught in {time.perf_counter() - start:.0f} s")
+    return missed
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+def numbered(text):
+    """The mutants that '7' or '3,7,12' means."""
+    numbers = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else [0]
+    if not all(1 <= n <= len(MUTANTS) for n in numbers):
+        raise Stop(f"{text!r} is not a number from 1 to {len(MUTANTS)}; see: python tests/mutants.py list")
+    return [MUTANTS[n - 1] for n in numbers]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", nargs="?", default="all", help="all, list, a number, homework or undo")
+    parser.add_argument("--only", default="", metavar="3,7", help="with all: only these")
+    parser.add_argument("--jobs", type=int, default=2, help="with all: so many at a time (default 2), each on one thread")
+    parser.add_argument("--force", action="store_true", help="with undo: even if the file was worked on since")
+    given = parser.parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
+    if given.what == "all":
+        return 1 if hunt(numbered(given.only) if given.only else MUTANTS, jobs=max(1, given.jobs)) else 0
+    if given.what == "list":
+        for i, m in enumerate(MUTANTS, 1):
+            print(f"{i:3}  {m.file:10} {m.name}{f'   <- station {m.station}' if m.station else ''}\n{'':16}{m.test}")
+    elif given.what == "undo":
+        print(f"as it was: {', '.join(undo(ROOT, given.force))}")
+    elif given.what == "homework":
+        texts = {file: read(ROOT, file) for file, *_ in HOMEWORK}
+        for file, function, what in HOMEWORK:
+            texts[file] = emptied(texts[file], function, what)
+        plant(ROOT, texts)
+        print("\n".join(["Three functions are empty now; their docstrings say what they promise:"] + [f"    {f}  {name}: {what}" for f, name, what in HOMEWORK]))
+        print("You are done when this is green:  python -m pytest -x tests/test_losses.py tests/test_sapo.py tests/test_lora.py\n"
+              "To give up:                       python tests/mutants.py undo --force")
+    else:
+        mutant, = numbered(given.what)[:1]
+        function = where(mutant, ROOT)
+        plant(ROOT, {mutant.file: mutated(mutant)})
+        print(f"{f'Station {mutant.station}. ' if mutant.station else ''}A bug is in {mutant.file} now. Open the function {function}.\n"
+              f"This test turns red:  python -m pytest -x \"{mutant.test}\"\n"
+              f"To undo:              python tests/mutants.py undo")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except Stop as reason:
+        sys.exit(f"mutants: {reason}")
