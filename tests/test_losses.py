@@ -165,6 +165,7 @@ def some_tokens(dtype=torch.float64, B=3, T=7, D=5, V=11, seed=0):
     hidden, weight = torch.randn(B, T, D, generator=g).to(dtype), torch.randn(V, D, generator=g).to(dtype)
     labels = torch.randint(V, (B, T), generator=g)
     labels[torch.rand(B, T, generator=g) < 1 / 3] = IGNORE
+    labels[1, 2] = 0                                     # a token like any other
     return hidden.requires_grad_(), weight.requires_grad_(), labels, torch.randn(B, T, generator=g, dtype=torch.float64)
 
 

@@ -32,7 +32,7 @@ def texts(folder):
     return {file: (folder / file).read_bytes() for file in FILES}
 
 
-def tests_in(file):
+def functions_of(file):
     return {node.name for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))) if isinstance(node, ast.FunctionDef)}
 
 
@@ -42,7 +42,7 @@ def test_a_bug_finds_its_place_and_its_test(mutant):
     assert ast.dump(ast.parse(text)) != ast.dump(ast.parse((ROOT / mutant.file).read_text("utf-8"))), "the bug is more than a comment"
     assert mutants.where(mutant, ROOT) != "the module"
     file, test = mutant.test.split("[")[0].split("::")
-    assert test in tests_in(file)
+    assert test in functions_of(file)
 
 
 def test_bugs_are_told_apart_and_six_are_stations_of_the_workshop():
