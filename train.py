@@ -1421,4 +1421,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if "RANK" in os.environ:         # gloo's threads may still hold tensors, and the interpreter's end would abort on them
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
