@@ -2,7 +2,7 @@
 
 A prompt states a name, a coloured thing, an animal and a place; a story mentions each at least twice, and its pronouns agree with the name.
 `judge` lists the words a story must and must not hold. Train, validation and test rows are clean, and no combination of facts in validation
-or test occurs in train or base.
+or test occurs in train or base. A train row also holds `rejected`, a story by the base's author with a slip: offline DPO and ORPO need it, SAPO never looks.
 
 The base rows, from which the starting model learns to write, hold slips: later mentions get a fact wrong. The slips are habits: half of the
 values of each domain slip, always to the same wrong value (half of the names: to the other pronoun). Independent slips would be averaged
@@ -165,7 +165,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(args.seed)
+    rng, others = random.Random(args.seed), random.Random(args.seed + 1)
 
     clean = []
     while len(set(clean)) < 600:                                 # again, until no combination occurs twice
@@ -183,6 +183,11 @@ def main():
                 facts = dict(zip(FIELDS, facts))
                 story = fill(wording(rng), facts, slips(rng, facts) if split == "base" else {})
                 row = {"prompt": rng.choice(PROMPTS).format(**facts), "chosen": story}
+                if split == "train":                                     # a slip or more: for offline DPO and ORPO, never for SAPO
+                    other = others.choice([c for c in DOMAINS["colour"] if c != facts["colour"]])
+                    while passes(worse := fill(wording(others), facts, slips(others, facts) or {"colour": other}), judge(facts)):
+                        pass
+                    row["rejected"] = worse
                 if split != "base":
                     row["judge"] = judge(facts)
                     assert passes(story, row["judge"]), row
