@@ -290,9 +290,9 @@ def ema_update(ema, policy, alpha):
     for old, new in zip(ema.parameters(), policy.parameters()):
         if new.requires_grad:
             old.lerp_(new, 1 - alpha)
-            mine, theirs = (getattr(t, "to_local", lambda t=t: t)() for t in (old, new))
-            apart, size = apart + (theirs - mine).square().sum(), size + theirs.square().sum()
-    return float((apart / size).sqrt())
+            apart, size = apart + (new - old).square().sum(), size + new.square().sum()
+    distance = (apart / size).sqrt()
+    return float(getattr(distance, "full_tensor", lambda: distance)())                 # of divided parameters, the whole
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from array import array
 from pathlib import Path
 
@@ -538,14 +539,19 @@ class World:
 
     def __init__(self, device="auto"):
         self.rank, self.size, self.local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device, self.first, self.many = torch.device(f"cuda:{self.local}" if kind == "cuda" else kind), self.rank == 0, "RANK" in os.environ
-        self.group, self.waited = None, 0.0
-        if self.many:
-            if kind == "cuda":
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        self.first, self.many, self.group = self.rank == 0, "RANK" in os.environ, None
+        if self.many:            # before the flags are read, so that what one process refuses (a folder its node lacks), all refuse
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
             self.group = dist.new_group(backend="gloo")  # for plain values: works the same beside NCCL
+        if device:
+            self.place(device)
+
+    def place(self, device):
+        """Take a device: cpu, cuda, mps, or auto."""
+        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(f"cuda:{self.local}" if kind == "cuda" else kind)
+        if self.many and kind == "cuda":
+            torch.cuda.set_device(self.device)
 
     def all(self, value):
         """Every process's value, as a list, on every process."""
@@ -574,9 +580,9 @@ class World:
             result = function()
         except BadInput as error:
             refusal = str(error)
-        refusals = [r for r in self.all(refusal) if r]
-        if refusals:
-            raise BadInput(refusals[0])
+        for rank, sentence in enumerate(self.all(refusal)):
+            if sentence:
+                raise BadInput(sentence + (f" (process {rank} of {self.size}: every node must see what is read)" if rank else ""))
         return result
 
     def close(self):
@@ -942,6 +948,9 @@ class Run:
             self.base, self.commit = find_model(cfg.model, world)
             self.source = self.source or self.base
         world.together(self.prepare)
+        seen = world.all([self.fingerprint(), dataclasses.asdict(cfg)])
+        if any(other != seen[0] for other in seen):      # they would take unequal numbers of steps, and wait for each other
+            raise BadInput("not all processes have the same settings and data; start every node with the same command and the same files")
 
     # -- before the first weight is loaded: what can be refused is refused here
 
@@ -1145,7 +1154,7 @@ class Run:
         moments, saved = self.optimizer.state_dict(), from_disk(folder / "optimizer")
         moments["state"] = {i: {k: like(v, p) if v.dim() else v for k, v in saved[name].items()} for i, (name, p) in enumerate(named.items()) if name in saved}
         self.optimizer.load_state_dict(moments)
-        self.log.cut(shared["sizes"])
+        self.world.together(lambda: self.log.cut(shared["sizes"]))
         self.log.say(f"resuming from {folder}: {self.sft_step} warm-up steps, {self.state.step if self.state else 0} SAPO steps done")
 
     # -- asked to stop, and time
@@ -1220,8 +1229,8 @@ class Run:
             metrics = sapo_step(state, self.draw, cfg, self.autocast)
             for stage, seconds in state.times.items():
                 self.spent[stage] = self.spent.get(stage, 0.0) + seconds
-            if "gen/tokens_per_second" in metrics:
-                metrics["gen/tokens_per_second"] *= self.world.size
+            for k in metrics.keys() & {"buffer/size", "gen/tokens_per_second"}:      # of all processes together
+                metrics[k] *= float(self.world.size)
             if len(judges) == len(self.data):            # is y- really worse? the fresh pairs stand last in the buffer
                 fresh = [state.buffer.pairs[-i] for i in range(1, cfg.batch_size + 1)]
                 for side in ("chosen", "rejected"):
@@ -1256,7 +1265,7 @@ class Run:
             row = evaluate(model, self.held, self.answer, self.local, self.world, self.text, self.autocast, self.poll_or_stop, full)
             self.table[name] = row
             if full:
-                texts = self.answer(model, self.held.pairs[:self.cfg.samples])
+                texts = self.answer(model, self.shown())
                 self.after[name] = [self.text.decode(ids, True) for ids in texts] if self.world.first else []
         if state.step == 0:
             self.before = self.after["start"]
@@ -1267,12 +1276,16 @@ class Run:
     def answer(self, model, pairs, temperature=0, top_k=0, top_p=1.0):
         """Each prompt's answer, in ids, with a generator of its own, so that evaluating changes nothing in the run."""
         generator, answers, state, cfg = torch.Generator().manual_seed(self.cfg.seed + self.world.rank), [], self.state, self.cfg
-        for i in range(0, -(-len(self.held.data) // self.world.size), 64):
+        for i in range(0, max(len(pairs), -(-len(self.held.data) // self.world.size)), 64):       # as often on every process
             self.poll_or_stop()
             part = pairs[i:i + 64]
             room = [max(1, min(cfg.eval_tokens, cfg.max_length - len(p.prompt))) for p in part]
             answers += generate(model, [p.prompt for p in part], room, state.eos, temperature, top_k, top_p, generator, state.vocab)
         return answers
+
+    def shown(self):
+        """The held-out rows answered for reading: the first, whatever the number of processes, which may change on resume."""
+        return [self.held_data[i] for i in range(min(self.cfg.samples, len(self.held_data)))]
 
     def hold_out(self):
         """This process's share of held-out pairs: y- is the data's, or is rewritten once, now, by the starting model."""
@@ -1293,8 +1306,11 @@ class Run:
         self.log = Log(self.out, world.first)
         for note in dict.fromkeys(d.note for d in (self.sft_data, self.data, self.held_data)):
             self.log.say(note)
-        checkpoint = [newest_checkpoint(self.out) if self.resume and world.first else None]
-        checkpoint = world.all(checkpoint[0])[0]
+        checkpoint = world.all(newest_checkpoint(self.out) if self.resume and world.first else None)[0]
+        if checkpoint:                                   # rank 0 writes, all read
+            seen = checkpoint / "manifest.json"
+            if len(set(world.all(seen.read_text("utf-8") if seen.is_file() else None))) > 1:
+                raise BadInput(f"--resume {self.resume}: not all processes see {checkpoint}; on several nodes copy the run folder to each, or share it")
         if self.resume and not checkpoint:               # stopped before the first checkpoint: begin again
             self.resume = None
             if not cfg.lora and not hasattr(self, "base"):
@@ -1334,8 +1350,8 @@ class Run:
                 if self.cfg.lora:
                     save_adapter(model, out / f"{name}_adapter", self.base)
         if world.first:
-            prompts = [self.text.decode(p.prompt, True) for p in self.held.pairs[:self.cfg.samples]]
-            columns = {"prompt": prompts, "chosen": [self.text.decode(p.chosen, True) for p in self.held.pairs], "start": self.before, **self.after}
+            prompts = [self.text.decode(e.prompt, True) for e in self.shown()]
+            columns = {"prompt": prompts, "chosen": [self.text.decode(e.chosen, True) for e in self.shown()], "start": self.before, **self.after}
             lines = [json.dumps(dict(zip(columns, values)), ensure_ascii=False) + "\n" for values in zip(*columns.values())]
             (out / ".samples.tmp").write_text("".join(lines), "utf-8")
             (out / ".samples.tmp").replace(out / "samples.jsonl")
@@ -1385,10 +1401,12 @@ class Diverged(Exception):
 def main(argv=None):
     """Run the command line `argv`; returns the exit code: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged."""
     world = run = None
-    say = lambda kind, text: print(f"{kind}{' '.join(str(text).split())}", file=sys.stderr) if int(os.environ.get("RANK", 0)) == 0 else None
+    say = lambda kind, text, here=int(os.environ.get("RANK", 0)) == 0: print(f"{kind}{' '.join(str(text).split())}", file=sys.stderr) if here else None
+    shared = True                    # all processes end here, and for the same reason
     try:
-        cfg, preset, resume = parse(sys.argv[1:] if argv is None else argv)
-        world = World(cfg.device)
+        world = World(None)
+        cfg, preset, resume = world.together(lambda: parse(sys.argv[1:] if argv is None else argv))
+        world.place(cfg.device)
         cfg.out = world.all(cfg.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0]
         run = Run(cfg, preset, resume, world)
 
@@ -1410,18 +1428,27 @@ def main(argv=None):
         say("error: ", error)
         return 3
     except (OSError, SafetensorError) as error:
-        say("error: ", f"{error}; " + (f"what was saved before is whole: python train.py --resume {run.out}" if run else "nothing was written"))
+        shared = False
+        say("error: ", f"{error}; " + (f"what was saved before is whole: python train.py --resume {run.out}" if run else "nothing was written"), True)
         return 1
     except KeyboardInterrupt:
+        shared = False
         say("error: ", "stopped at once; the last checkpoint stands")
         return 130
+    except Exception:
+        shared = False
+        raise
     finally:
-        if world:
+        if world and shared:         # NCCL's farewell waits for all; torchrun ends the others when one has left
             world.close()
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     if "RANK" in os.environ:         # gloo's threads may still hold tensors, and the interpreter's end would abort on them
         sys.stdout.flush()
         os._exit(code)
