@@ -757,11 +757,14 @@ class Log:
 
 
 def pair_text(pair, text):
-    """A triple as text, in its parts."""
-    decode = text.decode
-    return {"step": pair.step, "row": pair.row, "prompt": decode(pair.prompt), "A": decode(pair.chosen[:pair.start]),
-            "B": decode(pair.chosen[pair.start:pair.stop]), "B'": decode(pair.rejected[pair.start:pair.rejected_stop]),
-            "C": decode(pair.chosen[pair.stop:]), "C kept": pair.rejected_stop < len(pair.rejected) or pair.stop == len(pair.chosen)}
+    """A triple as text, in its parts, and in ids. Each part is what it adds to the text before it: Llama's tokenizers strip a first space."""
+    def part(ids, start=0, stop=None):
+        return text.decode(ids[:stop])[len(text.decode(ids[:start])):]
+
+    return {"step": pair.step, "row": pair.row, "prompt": part(pair.prompt), "A": part(pair.chosen, 0, pair.start),
+            "B": part(pair.chosen, pair.start, pair.stop), "B'": part(pair.rejected, pair.start, pair.rejected_stop),
+            "C": part(pair.chosen, pair.stop), "C kept": pair.rejected_stop < len(pair.rejected) or pair.stop == len(pair.chosen),
+            "ids": [pair.prompt, pair.chosen, pair.rejected], "cuts": [pair.start, pair.stop, pair.rejected_stop]}
 
 
 def one_line(s, width):

@@ -1,0 +1,207 @@
+"""Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token.
+
+    python tests/show.py runs/NAME [--n 5] [--no-color] [--no-model] [--png FILE]
+
+Reads pairs.jsonl, evenly over the run. Where the run has written its model/, each token of B, B' and C carries a number:
+its log-prob under the trained policy, less that under the starting model where that is a folder here (not so for a run from
+scratch). Sums below say where y- loses: in the segment (B against B') or at the seam (C after B against C after B').
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import train
+from buffer import Pair
+from model import BadInput, ModelConfig, companions, load_pretrained, read_json
+from sapo import collate, token_scores
+
+INK = {"A": "\033[2m", "B": "\033[32m", "B'": "\033[31m", "C": "\033[36m"}      # dim, green, red, cyan
+PAPER = {"A": "#777777", "B": "#1a7f37", "B'": "#c0392b", "C": "#1f6feb"}
+BEFORE = 60         # characters of A that are shown
+
+
+class Token(NamedTuple):
+    text: str
+    part: str                   # A, B, B' or C
+    value: float | None         # nats
+
+
+def read_pairs(run, n):
+    """n rows of pairs.jsonl, evenly from first to last."""
+    path = run / "pairs.jsonl"
+    if not path.is_file():
+        raise BadInput(f"{path} is not there; a run writes it during SAPO steps, see --show-every")
+    rows = [train.read_line(line, path) for line in path.read_bytes().splitlines()]
+    if not rows or not all(isinstance(r, dict) and {"step", "ids", "cuts"} <= set(r) for r in rows):
+        raise BadInput(f"{path} holds no triples with their ids")
+    n = min(n, len(rows))
+    return [rows[round(i * (len(rows) - 1) / max(1, n - 1))] for i in range(n)]
+
+
+def models(run):
+    """(policy, start) of a run, each None where its weights are not here."""
+    settings = read_json(run / "config.json", "run folder")["settings"]
+    start = Path(settings["model"])
+    return [load_pretrained(folder).eval() if there else None for folder, there in (
+        (run / "model", (run / "model").is_dir()), (start, start.is_dir() and not settings["from_scratch"]))]
+
+
+@torch.no_grad()
+def numbers(pair, policy, start):
+    """Two lists, one number for each token of y+ and of y-: log-probs under the policy, less those under the start."""
+    batch = collate([pair], share=False)
+    scores = token_scores(policy, batch) - (token_scores(start, batch) if start else 0.0)       # (2, T)
+    first = len(pair.prompt) - 1                         # where the first token of the response is predicted
+    return [scores[i, first:first + len(y)].tolist() for i, y in enumerate((pair.chosen, pair.rejected))]
+
+
+def sides(pair, text, policy=None, start=None):
+    """y+ and y- as lists of Tokens; of A one token, its last characters."""
+    values = numbers(pair, policy, start) if policy else [None, None]
+    out = []
+    for y, stop, name, value in ((pair.chosen, pair.stop, "B", values[0]), (pair.rejected, pair.rejected_stop, "B'", values[1])):
+        ends = [len(text.decode(y[:i])) for i in range(len(y) + 1)]
+        whole = text.decode(y)
+        A = whole[:ends[pair.start]]
+        tokens = [Token(A if len(A) <= BEFORE else "… " + A[-BEFORE:], "A", None)] if A else []
+        for i in range(pair.start, len(y)):
+            piece = whole[ends[i]:ends[i + 1]].replace("\n", "⏎")
+            tokens.append(Token(piece, name if i < stop else "C", value[i] if value else None))
+        out.append(tokens)
+    return out
+
+
+def sums(pair, values):
+    """What of the gap is the segment's, and what the seam's; with C in both."""
+    part = lambda i, start, stop: sum(values[i][start:stop])
+    B, new = part(0, pair.start, pair.stop), part(1, pair.start, pair.rejected_stop)
+    line = f"B {B:+.1f}, B' {new:+.1f}: segment {B - new:+.1f}"
+    if 0 < pair.rejected_stop < len(pair.rejected):
+        C, after = part(0, pair.stop, None), part(1, pair.rejected_stop, None)
+        line += f"; C {C:+.1f} after B, {after:+.1f} after B': seam {C - after:+.1f}"
+    return line + " nats"
+
+
+def show(number, value):
+    if value is None or abs(value) < 0.05:
+        return "" if value is None else "·"                # there, but too small to print
+    return f"{value:+.1f}" if number == "change" else f"{value:.1f}"
+
+
+def wrapped(tokens, width, kind):
+    """Rows of (token, number, columns) that fit into `width`."""
+    rows, used = [[]], 0
+    for token in tokens:
+        shown = show(kind, token.value)
+        columns = max(len(token.text), len(shown) + 1 if shown else 0)
+        if used + columns > width and rows[-1]:
+            rows, used = rows + [[]], 0
+        rows[-1].append((token, shown, columns))
+        used += columns
+    return rows
+
+
+def prints(row, pair, text, policy, start, width, colour):
+    """One triple as lines."""
+    kind, paint = "change" if start else "log-prob", lambda s, part: f"{INK[part]}{s}\033[0m" if colour and s.strip() else s
+    lines = [f"step {row['step'] + 1}, data row {row['row']}", "x    " + train.one_line(text.decode(pair.prompt, True), 2 * width)]
+    for name, tokens in zip(("y+", "y-"), sides(pair, text, policy, start)):
+        inner = "B" if name == "y+" else "B'"
+        at = [i for i, t in enumerate(tokens) if t.part == inner]
+        tokens = [t._replace(text="[" * (i == at[0]) + t.text + "]" * (i == at[-1])) if at and at[0] <= i <= at[-1] else t for i, t in enumerate(tokens)]
+        for cells in wrapped(tokens, width - 5, kind):
+            lines.append(f"{name:5}" + "".join(paint(t.text, t.part) + " " * (columns - len(t.text)) for t, _, columns in cells).rstrip())
+            if any(shown for _, shown, _ in cells):
+                lines.append(" " * 5 + "".join(shown.ljust(columns) for _, shown, columns in cells).rstrip())
+            name = ""
+    if policy:
+        lines.append("     " + sums(pair, numbers(pair, policy, start)))
+    return lines
+
+
+def legend(policy, start):
+    if not policy:
+        return "A written by the data, [B] or [B'], C"
+    if start:
+        return "number: log p(token) of the trained policy less that of the starting model, in nats; above 0, training made it likelier"
+    return "number: log p(token) of the trained policy, in nats; 0 is certain, -3 is one in twenty"
+
+
+def draw(rows, pairs, text, policy, start, path):
+    """The same as a picture, 900 pixels wide."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    size, columns, kind = 9.5, 108, "change" if start else "log-prob"
+    lines = []                                           # (x in characters, text, colour, background, font size), one list a line
+    plain = lambda s, colour="black": lines.append([(0, s, colour, None, size)])
+    for row, pair in zip(rows, pairs):
+        plain(f"step {row['step'] + 1}   " + train.one_line(text.decode(pair.prompt, True), columns - 12))
+        for name, tokens in zip(("y+", "y-"), sides(pair, text, policy, start)):
+            for cells in wrapped(tokens, columns - 4, kind):
+                upper, lower, x = [(0, name, "black", None, size)], [], 4
+                for token, shown, wide in cells:
+                    strength = 0 if token.value is None else min(1.0, abs(token.value) / 4)
+                    tint = None if not shown else (1, 1 - 0.5 * strength, 1 - 0.6 * strength) if token.value < 0 else (1 - 0.5 * strength, 1 - 0.2 * strength, 1)
+                    upper.append((x, token.text.ljust(wide) if tint else token.text, PAPER[token.part], tint, size))
+                    lower.append((x + (token.text[:1] == " "), shown, "#444444", None, size - 2.5))
+                    x, name = x + wide, ""
+                lines.append(upper)
+                lines += [lower] if any(cell[1] for cell in lower) else []
+        if policy:
+            plain("    " + sums(pair, numbers(pair, policy, start)), "#444444")
+        plain("")
+    parts = [(0, "A", PAPER["A"], None, size), (3, "B", PAPER["B"], None, size), (6, "B'", PAPER["B'"], None, size), (10, "C", PAPER["C"], None, size)]
+    lines += [parts, [(0, legend(policy, start), "#444444", None, size - 1.5)]]
+    height = 0.185 * len(lines) + 0.2
+    figure = plt.figure(figsize=(9, height))
+    wide = 0.602 * size / 72 / 9                         # of a character of DejaVu Sans Mono, in figure widths
+    for i, line in enumerate(lines):
+        y = 1 - (0.1 + 0.185 * (i + 0.7)) / height
+        for x, s, colour, tint, points in line:
+            if tint:
+                figure.add_artist(plt.Rectangle((0.012 + x * wide, y - 0.04 / height), len(s) * wide, 0.17 / height, color=tint, lw=0))
+            figure.text(0.012 + x * wide, y, s, color=colour, fontsize=points, family="DejaVu Sans Mono", parse_math=False)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--n", type=int, default=5, help="triples shown")
+    parser.add_argument("--no-color", action="store_true", help="no colour; without a terminal there is none either")
+    parser.add_argument("--no-model", action="store_true", help="text only")
+    parser.add_argument("--png", help="draw them there as well")
+    args = parser.parse_args(argv)
+    try:
+        rows = read_pairs(args.run, max(1, args.n))
+        text = train.Text(companions(args.run / "source"), args.run / "source",
+                          ModelConfig.from_dict(read_json(args.run / "source" / "config.json", "run folder")))
+        policy, start = (None, None) if args.no_model else models(args.run)
+    except (BadInput, OSError) as error:
+        print(f"show: {error}", file=sys.stderr)
+        return 2
+    start = start if policy else None
+    pairs = [Pair(*row["ids"], *row["cuts"], row=row["row"], step=row["step"]) for row in rows]
+    colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
+    width = max(40, min(160, shutil.get_terminal_size((110, 24)).columns))
+    for row, pair in zip(rows, pairs):
+        print("\n".join(prints(row, pair, text, policy, start, width, colour)) + "\n")
+    print(legend(policy, start))
+    if args.png:
+        draw(rows, pairs, text, policy, start, args.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

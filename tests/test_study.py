@@ -1,0 +1,238 @@
+"""The study: that its arms are what their names say, its statistics right, and its runs not done twice.
+
+Oracles: scipy's t, a plain loop of supervised steps, the order of the rows.
+"""
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, oracle, small_model
+
+import sapo
+import study
+import train
+from sapo import Example, State, sapo_step
+
+EOS, ROWS, BATCH = 2, 12, 4
+
+
+def arm(name):
+    """The Config of an arm, its batches cut to BATCH so that a small model has an epoch of three steps."""
+    cfg = train.parse(["--preset", "tiny", *study.RELATIVES[name].split()])[0]
+    assert cfg.batch_size == study.BATCH and cfg.buffer_size in (study.BATCH, 256)
+    cfg.buffer_size = BATCH * cfg.buffer_size // cfg.batch_size
+    cfg.batch_size, cfg.micro_batch, cfg.max_grad_norm = BATCH, BATCH, 0.0
+    return cfg
+
+
+def examples():
+    rng = np.random.default_rng(3)
+    ids = lambda n: rng.integers(3, 60, n).tolist()
+    return [Example(ids(4), ids(6 + i % 5) + [EOS], ids(7) + [EOS], i) for i in range(ROWS)]
+
+
+def run(cfg, steps, seen, monkeypatch):
+    """`steps` steps of a small model; seen(state, who) for each text written: `who` writes it."""
+    state, rows = State.start(small_model(0), cfg, [EOS], lr=0.01, steps_per_epoch=ROWS // BATCH), itertools.cycle(examples())
+    writes = sapo.generate
+    monkeypatch.setattr(sapo, "generate", lambda who, prefixes, budgets, *more: seen(state, who, prefixes) or writes(who, prefixes, budgets, *more))
+    pasts = [weights(state.policy)]
+    for _ in range(steps):
+        sapo_step(state, lambda n: list(itertools.islice(rows, n)), cfg)
+        pasts.append(weights(state.policy))
+    return state, pasts
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def all_flags():
+    return {**study.RELATIVES, **{f"{what} {value}": flags for what, values in study.ABLATIONS.items() for value, flags in values.items()}}
+
+
+@pytest.mark.parametrize("name", all_flags())
+def test_flags_of_an_arm_are_flags_of_train_and_change_something(name):
+    flags, plain = all_flags()[name], train.parse(["--preset", "tiny"])[0]
+    cfg = train.parse(["--preset", "tiny", *flags.split()])[0]
+    given = {word[2:].replace("-", "_") for word in flags.replace("--ref-refresh epoch", "").split() if word.startswith("--")}     # said, though the preset's
+    assert given == {k for k in vars(cfg) if getattr(cfg, k) != getattr(plain, k)}
+
+
+def test_values_without_flags_are_the_presets():
+    plain = train.parse(["--preset", "tiny"])[0]
+    assert (plain.alpha, plain.ema_every, plain.segment, plain.score_on, plain.eos_in_segment) == (0.5, "2", "12", "response", "stop")
+    assert (plain.ref_refresh, plain.ref_from, plain.buffer_size, plain.batch_size) == ("epoch", "ema", 16 * study.BATCH, study.BATCH)
+    defaults = {what: [v for v, flags in values.items() if not flags] for what, values in study.ABLATIONS.items()}
+    assert defaults == {"alpha": ["0.5"], "EMA every ... steps": ["2"], "buffer, batches": ["16"], "segment": ["12 tokens"], "end token inside B'": ["stop"],
+                        "tokens compared": ["response"], "reference": ["epoch"], "whole response with": []}
+
+
+def test_every_arm_has_its_words_and_its_rates():
+    assert set(study.WORDS) == set(study.RELATIVES) and {a for pair in study.CLAIMS.values() for a in pair} <= set(study.RELATIVES)
+    assert all(len(study.RATES[study.loss_of(flags)]) == 3 for flags in study.RELATIVES.values())
+
+
+def test_the_readme_has_the_table_of_arms():
+    assert study.relatives() in (ROOT / "README.md").read_text("utf-8"), "paste what this prints: python tests/study.py --relatives"
+
+
+# ------------------------------------------------------------------------------------------------ the relatives
+
+def test_spin_writes_all_of_y_from_a_copy_frozen_for_an_epoch_and_refreshes_the_reference_with_it(monkeypatch):
+    epoch, writers, references = ROWS // BATCH, [], []
+
+    def seen(state, who, prefixes):
+        writers.append((state.step, weights(who)))
+        references.append(weights(state.reference))
+        assert who is not state.policy and {tuple(p) for p in prefixes} <= {tuple(e.prompt) for e in examples()}, "A is empty"
+
+    state, pasts = run(arm("SPIN"), 3 * epoch, seen, monkeypatch)
+    assert {step for step, _ in writers} == {0, epoch, 2 * epoch}, "an epoch is written at once"
+    for (step, writer), reference in zip(writers, references):
+        assert torch.equal(writer, pasts[step]) and torch.equal(reference, pasts[step])
+    assert not torch.equal(pasts[epoch], pasts[2 * epoch]) and len(state.buffer) == BATCH
+    assert {p.step for p in state.buffer.pairs} == {3 * epoch - 1}, "no pair is used twice"
+
+
+def test_on_policy_the_policy_of_each_step_writes_all_of_y(monkeypatch):
+    writers = []
+    run_of = lambda state, who, prefixes: writers.append((weights(who), prefixes))
+    _, pasts = run(arm("on-policy"), 5, run_of, monkeypatch)
+    assert len(writers) == 5 and all(torch.equal(w, past) for (w, _), past in zip(writers, pasts))
+    assert {tuple(p) for _, prefixes in writers for p in prefixes} <= {tuple(e.prompt) for e in examples()}
+
+
+def test_segment_only_the_policy_of_each_step_writes_after_a(monkeypatch):
+    writers = []
+    cfg = arm("segment only")
+    cfg.segment = "3"                                    # the rows here are shorter than 12 tokens
+    _, pasts = run(cfg, 5, lambda state, who, prefixes: writers.append((weights(who), max(map(len, prefixes)))), monkeypatch)
+    assert all(torch.equal(w, past) for (w, _), past in zip(writers, pasts)) and max(n for _, n in writers) > 4
+
+
+def test_ema_only_learns_from_fresh_pairs_that_the_average_wrote(monkeypatch):
+    writers = []
+    state, pasts = run(arm("EMA only"), 4, lambda state, who, prefixes: writers.append(weights(who)), monkeypatch)
+    assert {p.step for p in state.buffer.pairs} == {3}
+    assert torch.allclose(writers[1], 0.5 * pasts[0] + 0.5 * pasts[2], atol=1e-12), "the average of the start and of step 2"
+
+
+def test_buffer_only_learns_from_old_pairs_that_the_policy_wrote(monkeypatch):
+    writers = []
+    state, pasts = run(arm("buffer only"), 4, lambda state, who, prefixes: writers.append(weights(who)), monkeypatch)
+    assert {p.step for p in state.buffer.pairs} == {0, 1, 2, 3} and torch.equal(writers[3], pasts[3])
+
+
+def test_spin_with_ema_and_buffer_averages_once_an_epoch(monkeypatch):
+    epoch, writers = ROWS // BATCH, []
+    state, pasts = run(arm("SPIN with EMA and buffer"), 2 * epoch, lambda state, who, prefixes: writers.append(weights(who)), monkeypatch)
+    assert len(writers) == 2 and torch.allclose(writers[1], 0.5 * pasts[0] + 0.5 * pasts[epoch], atol=1e-12)
+    assert len({p.step for p in state.buffer.pairs}) == 2 * epoch
+
+
+def test_sft_takes_the_steps_of_plain_supervised_fine_tuning(monkeypatch):
+    """Step for step in weights: lambda 0, one batch in the buffer, against warm_up_step on the same rows."""
+    cfg, plain, rows = arm("SFT"), small_model(0), itertools.cycle(examples())
+    cfg.max_grad_norm = 0.7                              # clipping sees the same gradient
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    state, stream = State.start(small_model(0), cfg, [EOS], lr=0.01, steps_per_epoch=ROWS // BATCH), itertools.cycle(examples())
+    before = weights(plain)
+    for _ in range(2 * ROWS // BATCH):
+        sapo_step(state, lambda n: list(itertools.islice(stream, n)), cfg)
+        train.warm_up_step(plain, optimizer, list(itertools.islice(rows, BATCH)), 2, cfg, sapo.nullcontext)
+        assert torch.allclose(weights(state.policy), weights(plain), rtol=0, atol=1e-9)
+    assert (weights(plain) - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["offline DPO", "offline ORPO", "SFT"])
+def test_offline_the_pairs_are_the_datas_and_nobody_writes(name, monkeypatch):
+    def seen(*_):
+        raise AssertionError("something was written")
+
+    state, _ = run(arm(name), ROWS // BATCH, seen, monkeypatch)
+    data = examples()
+    assert all((p.chosen, p.rejected) == (data[p.row].chosen, data[p.row].rejected) for p in state.buffer.pairs) and len(state.buffer) == BATCH
+    if name == "offline DPO":
+        assert torch.equal(weights(state.reference), weights(small_model(0))), "the reference stays the start"
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+@pytest.mark.parametrize("n", range(2, 11))
+def test_intervals_are_scipys(n):
+    stats = oracle("scipy.stats")
+    values = np.random.default_rng(n).normal(3, 2, n).tolist()
+    mean, half = study.interval(values)
+    low, high = stats.t.interval(0.95, n - 1, loc=np.mean(values), scale=stats.sem(values))
+    assert mean == pytest.approx((low + high) / 2) and half == pytest.approx((high - low) / 2, rel=2e-4)
+
+
+def test_one_value_has_no_interval_and_is_printed_without():
+    assert study.cell([0.5], 2) == "0.50" and study.cell([0.5, 0.7], 2) == "0.60 ± 1.27"
+
+
+def test_a_verdict_needs_an_interval_without_0():
+    assert study.verdict([0.1, 0.11, 0.12]) == "holds here" and study.verdict([-0.1, -0.11, -0.12]) == "does not hold here"
+    assert study.verdict([0.1, -0.1, 0.12]) == study.verdict([0.3]) == study.verdict([0.0, 0.0]) == "cannot be told"
+
+
+def test_diversity_by_hand():
+    assert study.distinct(["a b a b", "a b"]) == 2 / 4 and study.distinct(["a b.", "b c."]) == 4 / 4 and study.distinct([""]) == 0
+    judges = {0: {"must": ["Leo", "red"], "must_not": ["Mia", "blue"]}, 1: {"must": ["Mia", "blue"]}}
+    assert study.repeated(["Leo had a red hat.", "Mia had a blue hat.", "Leo saw a hat."], judges) == 2 / 3
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+def test_a_result_of_other_flags_is_not_taken(tmp_path):
+    (tmp_path / "test.json").write_text(json.dumps({"flags": ["--lr", "1"], "nll": 3}), "utf-8")
+    assert study.known(tmp_path / "test.json", ["--lr", "1"])["nll"] == 3
+    assert study.known(tmp_path / "test.json", ["--lr", "2"]) is study.known(tmp_path / "none.json", []) is None
+    (tmp_path / "test.json").write_text('{"flags', "utf-8")
+    assert study.known(tmp_path / "test.json", ["--lr", "1"]) is None, "torn"
+
+
+def test_the_best_rate_on_validation_rows_is_taken(monkeypatch):
+    args = SimpleNamespace(out="nowhere", seeds=2, rates=[], sft_steps=5, steps=2, rows=None, jobs=1)
+    chosen, asked = study.Study(args), []
+    monkeypatch.setattr(chosen, "do", lambda what, jobs: asked.extend(jobs))
+    monkeypatch.setattr(chosen, "found", lambda flags, lr, seed, split: dict.fromkeys(study.JUDGE, {3e-5: 0.2, 1e-4: 0.6, 3e-4: 0.4, 1e-3: 0.9}[lr]))
+    best = chosen.tune({"SAPO-DPO": "", "SFT": "--loss orpo --lam 0"})
+    assert {arm: lr for arm, (lr, _) in best.items()} == {"SAPO-DPO": 1e-4, "SFT": 1e-3}
+    assert {j["split"] for j in asked} == {"validation"} and {j["seed"] for j in asked} == {1} and len(asked) == 1 + 6
+
+
+MICRO = "--arms SAPO-DPO,SFT --seeds 1 --ablation-seeds 0 --rates 1e-4 --steps 2 --sft-steps 2 --rows 4 --jobs 1".split()
+
+
+@pytest.mark.slow
+def test_a_micro_study_runs_and_goes_on_without_repeating(tmp_path, capsys):
+    where = ["--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
+    assert study.main([*MICRO, *where]) == 0
+    written, first = capsys.readouterr().out, json.loads((tmp_path / "figures/study.json").read_text("utf-8"))
+    assert written.count("0 of them done before") == 2 and "| untouched base | - |" in written and "| SFT | 0.0001 |" in written
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"study.json", "study.png", "pairs.png"}
+    for row in [a["test"][0] for a in first["arms"].values()]:
+        assert set(study.COLUMNS) == set(row) and all(np.isfinite(v) for v in row.values())
+    assert first["arms"]["SAPO-DPO"]["stages"]["writing"] > 0 == first["arms"]["SFT"]["stages"]["writing"]
+
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    next((tmp_path / "runs").glob("loss-orpo*")).joinpath("test.json").unlink()
+    assert study.main([*MICRO, *where]) == 0
+    again = capsys.readouterr().out
+    assert "1 runs, 1 of them done before" in again and "2 runs, 1 of them done before" in again
+    changed = {p.name for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
+    assert changed == {"test.json"} | {p.name for p in (tmp_path / "runs").glob("loss-orpo*.log")}, "it was measured again, not trained again"
+    assert json.loads((tmp_path / "figures/study.json").read_text("utf-8")) == first
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_the_study_with_its_log(tmp_path, capsys):
+    assert study.main([*MICRO, "--out", str(tmp_path / "runs"), "--figures", str(tmp_path), "--sft-steps", "0"]) == 1
+    said = capsys.readouterr()
+    assert "base-0-seed-1 ended with code 2" in said.err and "warm-up" in said.err
