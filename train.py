@@ -598,7 +598,8 @@ def divide(model, world, half):
         **(dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {})))
     for block in model.model.layers:
         fully_shard(block, **how)
-    return fully_shard(model, **how)
+    # left to itself, the root stays whole after a forward pass until the backward pass, which a reference never has
+    return fully_shard(model, reshard_after_forward=True, **how)
 
 
 def whole(tensor):
@@ -1059,7 +1060,7 @@ class Run:
         """The policy as it is trained: under torchrun wrapped by DDP, unless it is divided."""
         if not self.world.many or self.cfg.shard:
             return self.model
-        return torch.nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True,
+        return torch.nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True,      # there are no buffers to broadcast
                                                          device_ids=[self.world.device.index] if self.world.device.type == "cuda" else None)
 
     def plain(self, model):
