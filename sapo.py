@@ -80,7 +80,8 @@ class SAPOConfig:
     top_k: int = setting(50, "of sampling B'; 0 keeps all", "authors' code", low=0)
     top_p: float = setting(0.95, "of sampling B'; 1 keeps all", "authors' code", low=1e-6, high=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 does not clip", low=0)
-    write_ahead: int = setting(8, "at most so many batches of B' are written at once; changes speed, not the result", low=1)
+    write_ahead: int = setting(8, "at most so many batches of B' are written ahead; changes speed, not the result", low=1)
+    write_rows: int = setting(64, "at most so many texts are written at once, a process; changes memory and speed, not the result", low=1)
 
 
 class Example(NamedTuple):
@@ -202,9 +203,11 @@ def make_pairs(state, examples, cfg):
     cuts = [split(e.chosen, cfg.segment, state.eos, state.cuts) for e in examples]                         # [2]
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
     ban = cfg.eos_in_segment == "ban"
-    segments = generate(state.writer, prefixes, [stop - start for start, stop in cuts], () if ban else state.eos,
-                        cfg.temperature, cfg.top_k, cfg.top_p, state.sampler, state.vocab, state.eos if ban else (),
-                        state.timed)                                                   # [3]
+    write = lambda prefixes, cuts: generate(
+        state.writer, prefixes, [stop - start for start, stop in cuts], () if ban else state.eos, cfg.temperature, cfg.top_k,
+        cfg.top_p, state.sampler, state.vocab, state.eos if ban else (), state.timed)
+    n, at_once = len(examples), cfg.write_rows
+    segments = [new for i in range(0, n, at_once) for new in write(prefixes[i:i + at_once], cuts[i:i + at_once])]              # [3]
     pairs = []
     for e, (start, stop), new in zip(examples, cuts, segments):
         ended = new[-1] in state.eos

@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from array import array
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from buffer import Pair, ReplayBuffer, pack, unpack
-from model import (PROJECTIONS, BadInput, ModelConfig, Transformer, add_lora, blank, check_weights, companions, generate,
+from model import (PROJECTIONS, BadInput, ModelConfig, Transformer, add_lora, blank, check_weights, companions, flush, generate,
                    load_pretrained, plain_weights, read_json, read_weights, replace_folder, save_adapter, save_pretrained,
                    saved_dtype, twin, write_json)
 from sapo import Example, SAPOConfig, State, collate, copy_parameters, make_pairs, period, sapo_step, score, setting, token_scores
@@ -103,7 +104,7 @@ PRESETS = {
                  max_prompt_length=48, max_length=160, eval_tokens=80, eval_every=30, save_every=60),
 }
 MAY_CHANGE = {"out", "overwrite", "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "max_minutes", "max_bad_steps",
-              "device", "micro_batch", "write_ahead", "gradient_checkpointing", "shard"}       # on --resume, like the number of processes
+              "device", "micro_batch", "write_ahead", "write_rows", "gradient_checkpointing", "shard"}       # on --resume, like the number of processes
 
 
 class Parser(argparse.ArgumentParser):
@@ -202,6 +203,7 @@ def checked(cfg):
 
 MAX_LINE = 10_000_000       # bytes of one data line
 TEMPLATE_SECONDS = 5        # a template that takes longer for one conversation is stopped
+TEMPLATE_BYTES = 2**31      # memory it may take for that, likewise
 
 
 class Row:
@@ -257,7 +259,7 @@ def read_rows(path):
                         raise BadInput(f"{where}: longer than {MAX_LINE:,} bytes; is this a file of JSON lines?")
                     if line.strip():
                         rows.append(Row(read_line(line, where), where))
-    except (OSError, EOFError, ValueError) as error:     # ValueError: a name no file can have
+    except (OSError, EOFError, ValueError, zlib.error) as error:     # ValueError: a name no file can have
         if isinstance(error, BadInput):
             raise
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
@@ -333,9 +335,11 @@ class Text:
     def render(self, messages, add_generation_prompt=False):
         """The chat text, exactly as transformers' apply_chat_template(tokenize=False) has it."""
         try:
-            with time_limit(TEMPLATE_SECONDS):
-                return self.template.render(messages=messages, tools=None, documents=None,
+            with time_limit(TEMPLATE_SECONDS), memory_limit(TEMPLATE_BYTES):
+                text = self.template.render(messages=messages, tools=None, documents=None,
                                             add_generation_prompt=add_generation_prompt, **self.special)
+                text.encode()                            # half a surrogate pair is a string, but it is not text
+                return text
         except Exception as error:                       # a template can raise anything at all
             raise BadInput(f"the chat template refuses a conversation of roles {[m['role'][:20] for m in messages][:6]}: "
                            f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
@@ -397,7 +401,7 @@ def compile_template(source):
     environment.filters["tojson"] = tojson
     environment.globals.update(raise_exception=raise_exception, strftime_now=datetime.datetime(2024, 7, 26).strftime)
     try:
-        with time_limit(TEMPLATE_SECONDS):
+        with time_limit(TEMPLATE_SECONDS), memory_limit(TEMPLATE_BYTES):
             return environment.from_string(source)
     except Exception as error:                           # constants are folded here, so this can raise anything as well
         raise BadInput(f"the chat template is not valid Jinja: {' '.join(str(error).split())[:160]}") from None
@@ -422,6 +426,24 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def memory_limit(more):
+    """MemoryError inside beyond `more` bytes of address space above what the process has, where there is a /proc (Linux)."""
+    try:
+        import resource
+        with open("/proc/self/statm", "rb") as f:
+            limit = int(f.read().split()[0]) * resource.getpagesize() + more
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(soft, limit), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 def common(a, b):
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
@@ -432,6 +454,7 @@ def json_or_nothing(content, name):
     """An object from JSON bytes; of a broken file nothing, and a warning."""
     try:
         value = json.loads(content) if content else {}
+        json.dumps(value, ensure_ascii=False).encode()   # half a surrogate pair is JSON, but it is not text
         return value if isinstance(value, dict) else {}
     except (ValueError, RecursionError):
         print(f"warning: {name} is not valid JSON and is ignored", file=sys.stderr)
@@ -455,7 +478,7 @@ class Data:
                     cut_prompts += 1
                 room = cfg.max_length - len(prompt)
                 chosen, rejected = chosen[:room], rejected and rejected[:room]
-                cut_responses += len(chosen) == room and chosen[-1] not in text.eos
+                cut_responses += 0 < len(chosen) == room and chosen[-1] not in text.eos
                 if not prompt or not chosen or chosen[0] in text.eos:
                     dropped += 1                         # nothing to learn from, or nothing before the response
                     continue
@@ -480,7 +503,8 @@ class Data:
         return Example(prompt, chosen, rejected or None, int(i))
 
     def fingerprint(self):
-        return hashlib.sha256(self.tokens.tobytes() + self.ends.tobytes()).hexdigest()[:16]
+        judges = json.dumps(self.judges, sort_keys=True).encode()
+        return hashlib.sha256(self.tokens.tobytes() + self.ends.tobytes() + judges).hexdigest()[:16]
 
 
 class Draw:
@@ -530,6 +554,14 @@ def find_model(name, world):
     world.together(lambda: world.local == 0 and fetch())
     folder = world.together(fetch)
     return folder, folder.name
+
+
+def refuse_links(folder):
+    """A model folder is read, and partly copied into the run's, so its files must be its own, or blobs of the hub's cache."""
+    home = folder.resolve()
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.is_dir() and not any(path.resolve().is_relative_to(p) for p in (home, home.parent.parent / "blobs")):
+            raise BadInput(f"{path}: a link out of the model folder; put the file itself there")
 
 
 # ------------------------------------------------------------------------------------------------ 3. processes
@@ -703,7 +735,7 @@ def evaluate(model, held, writer, cfg, world, text, autocast, poll, full=True):
             right = (chosen / lengths[:, 0] > rejected / lengths[:, 1]).sum()
             start = held.gaps[i:i + cfg.micro_batch] or gap.tolist()
             gaps += gap.tolist()
-            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right.item(), gap.sum().item() - math.fsum(start), len(gap)]
+            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right.item(), math.fsum(gap.tolist()) - math.fsum(start), len(gap)]
     held.gaps = held.gaps or gaps
     nll, tokens, right, margins, rows = world.sum(sums.tolist())
     table = {"nll": nll / tokens, "accuracy": right / rows, "margin": margins / rows}
@@ -733,8 +765,9 @@ class Log:
     """metrics.jsonl, pairs.jsonl and the screen; only rank 0 writes. `sizes` and `cut` make a resumed log seamless."""
 
     def __init__(self, folder, first):
-        self.first = first
-        self.files = {name: open(folder / f"{name}.jsonl", "a", encoding="utf-8") for name in ("metrics", "pairs")} if first else {}
+        self.first, paths = first, {name: folder / f"{name}.jsonl" for name in ("metrics", "pairs") if first}
+        self.new = {name for name, path in paths.items() if not path.exists()}
+        self.files = {name: open(path, "a", encoding="utf-8") for name, path in paths.items()}
 
     def write(self, name, row):
         if self.first:
@@ -747,14 +780,22 @@ class Log:
             tqdm.write(line)
 
     def sizes(self):
-        return {name: os.path.getsize(f.name) for name, f in self.files.items()}
+        """{name: (bytes, checksum)} of what was written so far, which the disk holds from now on."""
+        for f in self.files.values():
+            os.fsync(f.fileno())
+        return {name: (os.path.getsize(f.name), checksum(f.name)) for name, f in self.files.items()}
 
     def cut(self, sizes):
-        """Take back what was written after a checkpoint: no line twice, none missing."""
+        """Take back what was written after a checkpoint: no line twice, none missing. A log that was deleted begins anew."""
+        for name in [name for name in self.files if name in self.new and sizes[name][0]]:
+            self.say(f"warning: {self.files[name].name} is gone; its lines from before are lost, and the run goes on without them")
+            sizes = sizes | {name: (0, None)}
         for name, f in self.files.items():
-            if os.path.getsize(f.name) < sizes[name]:
-                raise BadInput(f"{f.name} is shorter than when the checkpoint was written; put the whole file back")
-            f.truncate(sizes[name])
+            size, known = sizes[name]
+            if size and checksum(f.name, size) != known:
+                raise BadInput(f"{f.name} does not begin as it did when the checkpoint was written; put it back, or delete it to go on without those lines")
+        for name, f in self.files.items():
+            f.truncate(sizes[name][0])
 
 
 def pair_text(pair, text):
@@ -769,7 +810,7 @@ def pair_text(pair, text):
 
 
 def one_line(s, width):
-    s = " ".join(s.split())
+    s = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(s.split()))       # what a file says must not steer the screen
     return s if len(s) <= width else s[:width // 2 - 1] + " … " + s[-(width // 2 - 2):]
 
 
@@ -871,11 +912,9 @@ def write_checkpoint(folder, parts, keep, world):
                 to_disk(value, temporary / name)
         if world.first:
             write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in sorted(temporary.iterdir())})
-            for path in [*temporary.iterdir(), temporary]:
-                flush(path)
             replace_folder(temporary, folder)
-            flush(folder.parent)
-            for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+            flush(folder.parent.parent)
+            for old in sorted(p for p in folder.parent.glob("step-*") if p.name <= folder.name)[:-keep]:     # a later one is torn, and does not count
                 shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)     # a full disk needs the room
@@ -883,24 +922,16 @@ def write_checkpoint(folder, parts, keep, world):
     world.all(None)
 
 
-def flush(path):
-    """Have the disk hold what was written (a folder too, where the system allows it)."""
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def checksum(path):
+def checksum(path, size=None):
+    """SHA-256 of a file, or of its first `size` bytes."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return hashlib.sha256(f.read(size)).hexdigest() if size else hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def newest_checkpoint(out):
-    """The newest sound checkpoint folder of a run, or None; a torn one is named and passed over."""
-    for folder in sorted((out / "checkpoint").glob("step-*"), reverse=True):
+    """The newest sound checkpoint folder of a run, or None if there is none at all; a torn one is named and passed over."""
+    folders = sorted((out / "checkpoint").glob("step-*"), reverse=True)
+    for folder in folders:
         try:
             manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
             for name in {*manifest, "shared.json", "shared.safetensors", "rank-0.json", "rank-0.safetensors"}:
@@ -909,6 +940,14 @@ def newest_checkpoint(out):
             return folder
         except (OSError, ValueError, AttributeError, TypeError) as error:
             print(f"warning: passing over {folder}: {error}", file=sys.stderr)
+    if folders:
+        raise BadInput(f"{out / 'checkpoint'}: none of the checkpoints is whole; put one back, or delete this folder to begin again")
+
+
+def clear_up(out):
+    """Delete what a killed process was about to write in a run folder."""
+    for path in [path for pattern in ("*.tmp", ".*.old", "checkpoint/*.tmp", "checkpoint/.*.old") for path in out.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def deal(parts, batch_size, world):
@@ -940,7 +979,7 @@ class Run:
     def __init__(self, cfg, preset, resume, world):
         self.cfg, self.preset, self.resume, self.world, self.out = cfg, preset, resume, world, Path(cfg.out)
         self.began, self.asked, self.bad, self.sft_step, self.state = time.monotonic(), None, 0, 0, None
-        self.table, self.before, self.after, self.evaluated, self.spent = {}, [], {}, None, {}
+        self.table, self.before, self.after, self.evaluated, self.spent, self.saved = {}, [], {}, None, {}, None
         for name in ("batch_size", "sft_batch_size"):
             if getattr(cfg, name) % world.size:
                 raise BadInput(f"{flag_of(name)} {getattr(cfg, name)} cannot be shared evenly by {world.size} processes")
@@ -961,9 +1000,14 @@ class Run:
     def prepare(self):
         cfg, world = self.cfg, self.world
         rows = {name: read_rows(getattr(cfg, name)) for name in ("data", "sft_data", "eval_data") if getattr(cfg, name)}
-        self.config, self.files = ModelConfig.from_dict(read_json(self.source / "config.json", "model folder")), companions(self.source)
+        self.config = ModelConfig.from_dict(read_json(self.source / "config.json", "model folder"))
+        refuse_links(self.source)
+        self.files = companions(self.source)
         if self.resume:
-            self.dtype = getattr(torch, read_json(self.resume / "config.json")["dtype"])
+            name = read_json(self.resume / "config.json").get("dtype")
+            if name not in ("float32", "bfloat16", "float16"):
+                raise BadInput(f"{self.resume / 'config.json'}: dtype is {name!r}; put the file back as the run wrote it")
+            self.dtype = getattr(torch, name)
         elif cfg.from_scratch:
             self.dtype = torch.float32
         else:
@@ -999,12 +1043,22 @@ class Run:
 
     def claim(self):
         """Refuse to write over anything, and to begin what the disk cannot hold."""
-        out, parent = self.out, next(p for p in self.out.resolve().parents if p.exists())
-        if self.world.first and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        out = self.out
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                out.with_name(f".{out.name}.tmp").lstat()                # where `record` begins to write
+            parent = next(p for p in out.resolve().parents if p.exists())
+        except (OSError, ValueError) as error:           # too long, with a NUL, below a file, no name at all
+            raise BadInput(f"--out {out}: no folder can be made there ({getattr(error, 'strerror', None) or error}); choose another name") from None
+        if self.world.first and (out.is_symlink() or out.exists()) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
             if not self.cfg.overwrite:
                 raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it with --overwrite")
-            if not {"config.json", "source"} <= {p.name for p in out.iterdir()}:
+            if out.is_symlink() or not out.is_dir() or not {"config.json", "source"} <= {p.name for p in out.iterdir()}:
                 raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with --overwrite")
+            for name in ("model", "data", "eval_data", "sft_data", "chat_template"):
+                path = getattr(self.cfg, name)
+                if path and Path(path).resolve().is_relative_to(out.resolve()):
+                    raise BadInput(f"--out {out} would be replaced, and with it {flag_of(name)} {path}; choose another name")
         with torch.device("meta"):
             size = sum(p.numel() for p in Transformer(self.config).parameters())
         copies = (2 + 2 * (self.cfg.optimizer == "adamw") + (self.cfg.loss == "dpo")) * 4 * (self.cfg.keep + 1)
@@ -1109,7 +1163,7 @@ class Run:
         for name in ("ema", "reference") if state else ():
             model = getattr(state, name)
             yield name, {k: whole(p) for k, p in self.trained(model)} if model is not None else {}
-        yield "shared", {"sft_step": self.sft_step, "draw": self.draw.batch, "bad": self.bad, "sizes": self.log.sizes(), "fingerprint": self.fingerprint(),
+        yield "shared", {"sft_step": self.sft_step, "draw": self.draw.batch, "bad": self.bad, "sizes": self.log.sizes(), "stands_on": self.stands_on,
                          "table": self.table, "before": self.before, "evaluated": self.evaluated, "world_size": self.world.size, "sapo": bool(state),
                          **({k: getattr(state, k) for k in ("step", "ema_version", "ref_version")} if state else {})}
         own = {"buffer": state.buffer.state_dict(), "written": pack(state.written), "cuts": state.cuts.bit_generator.state,
@@ -1118,19 +1172,32 @@ class Run:
             yield f"rank-{rank}", part
 
     def fingerprint(self):
-        return [d.fingerprint() for d in (self.data, self.held_data, self.sft_data)]
+        return {"data": self.data.fingerprint(), "eval_data": self.held_data.fingerprint(), "sft_data": self.sft_data.fingerprint()}
+
+    def foundations(self):
+        """{name: checksum} of what a run stands on and never writes. Were one of these another on resume, so were the run."""
+        names = ["config.json", *sorted(f"source/{p.name}" for p in (self.out / "source").iterdir())] if self.world.first else []
+        return self.world.all({name: checksum(self.out / name) for name in names})[0] | self.fingerprint()
 
     def save(self):
         began = time.monotonic()
-        step = self.sft_step + (self.state.step if self.state else 0)
-        write_checkpoint(self.out / "checkpoint" / f"step-{step:08d}", self.parts(), self.cfg.keep, self.world)
+        folder = self.out / "checkpoint" / f"step-{self.sft_step + (self.state.step if self.state else 0):08d}"
+        if folder != self.saved:                         # a whole checkpoint is never replaced: for a moment there would be none
+            write_checkpoint(folder, self.parts(), self.cfg.keep, self.world)
+            self.saved = folder
         self.spend("save", began)
 
     def load(self, folder):
         """Go on from a checkpoint: everything `parts` wrote."""
         shared = from_disk(folder / "shared")
-        if shared["fingerprint"] != self.fingerprint():
-            raise BadInput(f"{self.cfg.data}: the data are not those of the saved run; put the same files back")
+        saved = shared["stands_on"]
+        for name in self.stands_on | saved:
+            if saved.get(name) != self.stands_on.get(name):
+                where = getattr(self.cfg, name, None) or self.out / name
+                raise BadInput(f"{where}: not what it was when the checkpoint was written; put the same files back")
+        if self.steps < shared.get("step", 0):
+            raise BadInput(f"--steps {self.steps}: this run has done {shared['step']} already")
+        self.saved = folder
         fill(self.model, from_disk(folder / "policy").items())
         self.sft_step, self.bad, self.table, self.before, self.evaluated = (shared[k] for k in ("sft_step", "bad", "table", "before", "evaluated"))
         if not shared["sapo"]:
@@ -1280,9 +1347,9 @@ class Run:
     def answer(self, model, pairs, temperature=0, top_k=0, top_p=1.0):
         """Each prompt's answer, in ids, with a generator of its own, so that evaluating changes nothing in the run."""
         generator, answers, state, cfg = torch.Generator().manual_seed(self.cfg.seed + self.world.rank), [], self.state, self.cfg
-        for i in range(0, max(len(pairs), -(-len(self.held.data) // self.world.size)), 64):       # as often on every process
+        for i in range(0, max(len(pairs), -(-len(self.held.data) // self.world.size)), cfg.write_rows):      # as often on every process
             self.poll_or_stop()
-            part = pairs[i:i + 64]
+            part = pairs[i:i + cfg.write_rows]
             room = [max(1, min(cfg.eval_tokens, cfg.max_length - len(p.prompt))) for p in part]
             answers += generate(model, [p.prompt for p in part], room, state.eos, temperature, top_k, top_p, generator, state.vocab)
         return answers
@@ -1307,10 +1374,13 @@ class Run:
         cfg, world = self.cfg, self.world
         if world.first and not self.resume:
             self.record()
+        elif world.first:
+            clear_up(self.out)
         self.log = Log(self.out, world.first)
         for note in dict.fromkeys(d.note for d in (self.sft_data, self.data, self.held_data)):
             self.log.say(note)
-        checkpoint = world.all(newest_checkpoint(self.out) if self.resume and world.first else None)[0]
+        self.stands_on = self.foundations()
+        checkpoint = world.all(world.together(lambda: newest_checkpoint(self.out) if self.resume and world.first else None))[0]
         if checkpoint:                                   # rank 0 writes, all read
             seen = checkpoint / "manifest.json"
             if len(set(world.all(seen.read_text("utf-8") if seen.is_file() else None))) > 1:
@@ -1327,14 +1397,14 @@ class Run:
         if checkpoint:
             self.load(checkpoint)
         else:
-            self.log.cut({"metrics": 0, "pairs": 0})
+            self.log.cut({"metrics": (0, None), "pairs": (0, None)})
             self.begin_warm_up()
         if self.state is None:
             self.warm_up()
             self.begin_sapo()
             self.refresh_writer()
             self.held = self.hold_out()
-        if self.state.step == 0:
+        if self.state.step == 0 or cfg.eval_every and self.state.step % cfg.eval_every == 0:     # perhaps stopped while evaluating
             self.evaluate()
         self.sapo()
         self.evaluate()
@@ -1405,7 +1475,7 @@ class Diverged(Exception):
 def main(argv=None):
     """Run the command line `argv`; returns the exit code: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged."""
     world = run = None
-    say = lambda kind, text, here=int(os.environ.get("RANK", 0)) == 0: print(f"{kind}{' '.join(str(text).split())}", file=sys.stderr) if here else None
+    say = lambda kind, text, here=int(os.environ.get("RANK", 0)) == 0: print(kind + one_line(str(text), 700), file=sys.stderr) if here else None
     shared = True                    # all processes end here, and for the same reason
     try:
         world = World(None)
@@ -1433,7 +1503,7 @@ def main(argv=None):
         return 3
     except (OSError, SafetensorError) as error:
         shared = False
-        say("error: ", f"{error}; " + (f"what was saved before is whole: python train.py --resume {run.out}" if run else "nothing was written"), True)
+        say("error: ", f"{error}; " + (f"what was saved before is whole: python train.py --resume {run.out}" if run and run.out.exists() else "nothing was written"), True)
         return 1
     except KeyboardInterrupt:
         shared = False
