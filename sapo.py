@@ -203,9 +203,9 @@ def make_pairs(state, examples, cfg):
     cuts = [split(e.chosen, cfg.segment, state.eos, state.cuts) for e in examples]                         # [2]
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
     ban = cfg.eos_in_segment == "ban"
-    write = lambda prefixes, cuts: generate(
-        state.writer, prefixes, [stop - start for start, stop in cuts], () if ban else state.eos, cfg.temperature, cfg.top_k,
-        cfg.top_p, state.sampler, state.vocab, state.eos if ban else (), state.timed)
+    write = lambda prefixes, cuts: generate(state.writer, prefixes, [stop - start for start, stop in cuts], () if ban else state.eos,
+                                            cfg.temperature, cfg.top_k, cfg.top_p, state.sampler, state.vocab,
+                                            state.eos if ban else (), state.timed)
     n, at_once = len(examples), cfg.write_rows
     segments = [new for i in range(0, n, at_once) for new in write(prefixes[i:i + at_once], cuts[i:i + at_once])]              # [3]
     pairs = []
