@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -532,7 +532,11 @@ def read_config(folder):
 def read_json(path, what="file"):
     """A JSON file, or BadInput with one sentence."""
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        text = Path(path).read_text("utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():                       # half a surrogate pair is JSON, but it is not text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; a {what} needs it") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -596,6 +600,10 @@ def check_weights(folder, config):
             raise BadInput(f"{folder}: {name} has shape {files[name][1]}, the config asks for {shape}")
         if files[name][2] not in ("F32", "BF16", "F16", "F64"):
             raise BadInput(f"{folder}: {name} is stored as {files[name][2]}; float32, bfloat16 or float16 is needed")
+    if extra := set(files) - set(wanted):                # a tied head that is stored as well
+        head, embedding = (safe_open(files[n][0], "pt").get_tensor(n) for n in (*extra, "model.embed_tokens.weight"))
+        if not torch.equal(head.to(embedding.dtype), embedding):
+            raise BadInput(f"{folder}: config.json ties lm_head to the embedding, but the file holds a different lm_head; set tie_word_embeddings to false")
     return files
 
 
@@ -609,7 +617,7 @@ def load_pretrained(folder, dtype=torch.float32, device="cpu"):
 
 
 def read_weights(folder, files=None):
-    """(name, tensor as stored) of each weight in a folder, one at a time. A tied head that is stored as well must be equal."""
+    """(name, tensor as stored) of each weight in a folder, one at a time."""
     files = files or check_weights(folder, read_config(folder))
     for path in sorted({path for path, *_ in files.values()}):
         with safe_open(path, "pt") as f:
@@ -623,16 +631,11 @@ def blank(config, dtype=torch.float32, device="cpu", weights=None):
     with torch.device("meta"):
         model = Transformer(config)
     values = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    head = None
     for name, tensor in weights or ():
-        if name in values:
+        if name in values:                               # all but a tied head, which equals the embedding
             values[name].copy_(tensor)
-        else:
-            head = tensor.to(device, dtype)
     if config.tie_word_embeddings:
         values["lm_head.weight"] = values["model.embed_tokens.weight"]
-        if head is not None and not torch.equal(head, values["lm_head.weight"]):
-            raise BadInput("config.json ties lm_head to the embedding, but the file holds a different lm_head")
     model.load_state_dict(values, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -701,12 +704,25 @@ def save_adapter(model, folder, base):
 
 
 def replace_folder(temporary, folder):
-    """Give a finished temporary folder its final name; what had that name goes away after, never before."""
+    """Give a finished temporary folder its final name, once the disk holds it; what had that name goes away after, never before."""
     folder, old = Path(folder), Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.old")
+    for path in [*Path(temporary).rglob("*"), temporary]:
+        flush(path)
     if folder.exists():
         folder.rename(old)
     Path(temporary).rename(folder)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path):
+    """Have the disk hold what was written (a folder too, where the system allows it)."""
+    with suppress(PermissionError, IsADirectoryError):
+        handle = os.open(path, os.O_RDONLY if Path(path).is_dir() else os.O_RDWR)      # Windows flushes only what it may write
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path, value):

@@ -169,7 +169,7 @@ def checked(cfg):
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise BadInput(f"{flag} is {value!r}; it must be of type {kind.__name__}")
         if value not in meta.get("choices", (value,)) or value != value:
-            raise BadInput(f"{flag} is {value!r}; choose from {', '.join(meta.get('choices', ('a number',)))}")
+            raise BadInput(f"{flag} is {value!r}; choose {' or '.join(meta.get('choices', ('a number',)))}")
         if kind in (int, float) and not meta.get("low", 0) <= value <= meta.get("high", 2**40):
             raise BadInput(f"{flag} is {value}; it must be from {meta.get('low', 0):g} to {meta.get('high', 2**40):g}")
     whole = r"[1-9]\d{0,8}"
@@ -285,8 +285,8 @@ class Text:
 
     def __init__(self, files, folder, config, template_file=""):
         if "tokenizer.json" not in files:
-            hint = "; convert tokenizer.model with transformers' AutoTokenizer(...).save_pretrained" if "tokenizer.model" in files else ""
-            raise BadInput(f"{folder}: no tokenizer.json{hint}")
+            raise BadInput(f"{folder}: no tokenizer.json; " + ("convert tokenizer.model with transformers' AutoTokenizer(...).save_pretrained"
+                                                               if "tokenizer.model" in files else "copy it from where the model comes from"))
         try:
             self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
             self.tokenizer.no_padding()
@@ -1051,10 +1051,10 @@ class Run:
         except (OSError, ValueError) as error:           # too long, with a NUL, below a file, no name at all
             raise BadInput(f"--out {out}: no folder can be made there ({getattr(error, 'strerror', None) or error}); choose another name") from None
         if self.world.first and (out.is_symlink() or out.exists()) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+            if out.is_symlink() or not out.is_dir() or not {"config.json", "source"} <= {p.name for p in out.iterdir()}:
+                raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with --overwrite; choose another name")
             if not self.cfg.overwrite:
                 raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it with --overwrite")
-            if out.is_symlink() or not out.is_dir() or not {"config.json", "source"} <= {p.name for p in out.iterdir()}:
-                raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with --overwrite")
             for name in ("model", "data", "eval_data", "sft_data", "chat_template"):
                 path = getattr(self.cfg, name)
                 if path and Path(path).resolve().is_relative_to(out.resolve()):
