@@ -203,7 +203,7 @@ def checked(cfg):
 
 MAX_LINE = 10_000_000       # bytes of one data line
 TEMPLATE_SECONDS = 5        # a template that takes longer for one conversation is stopped
-TEMPLATE_BYTES = 2**31      # memory it may take for that, likewise
+TEMPLATE_BYTES = 2**29      # memory it may take for that, likewise
 
 
 class Row:

@@ -1,6 +1,5 @@
 """The decoder: transformers' logits from transformers' folders, one-sentence refusals, and generation that a slow loop repeats."""
 
-import contextlib
 import json
 import os
 import pickle
@@ -18,6 +17,7 @@ from buffer import Pair
 from model import (BadInput, KVCache, ModelConfig, RMSNorm, Transformer, companions, generate, load_pretrained, sample,
                    save_pretrained, saved_dtype, twin)
 from sapo import SAPOConfig, collate, preference_loss, score, scored_tokens
+from train import memory_limit
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}        # of these five waves one is left alone, one blended, three slowed
@@ -456,24 +456,6 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "an index whose map is a list": (index({"weight_map": ["lm_head.weight"]}, whole=True), "weight_map"),
     "an index without a map": (index({"metadata": {}}, whole=True), "weight_map"),
 }
-
-
-@contextlib.contextmanager
-def memory_limit(more):
-    """At most `more` bytes of address space above what this process has; without a limit where there is no /proc."""
-    try:
-        import resource
-        with open("/proc/self/statm") as f:
-            now = int(f.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):
-        yield
-        return
-    old = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + more, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, old)
 
 
 @pytest.mark.parametrize("what", REFUSED)
