@@ -61,7 +61,7 @@ WORDS = {
     "on-policy": "none of the three: the policy writes all of y-", "SPIN": "a copy of the policy, one epoch old at most, writes and is the reference",
     "SPIN with EMA and buffer": "the copy is an average, and old pairs come again", "offline DPO": "y- is the data's; the reference is the base",
     "offline ORPO": "y- is the data's", "SFT": "ORPO without its second term; y- is not looked at"}
-RATES = {"dpo": (3e-5, 1e-4, 3e-4), "slic": (3e-5, 1e-4, 3e-4), "orpo": (1e-4, 3e-4, 1e-3)}
+RATES = {"dpo": (1e-4, 3e-4, 1e-3), "slic": (1e-4, 3e-4, 1e-3), "orpo": (3e-4, 1e-3, 3e-3)}     # around the best of a first trial
 ABLATIONS = {       # of SAPO-DPO, at its learning rate: {what: {value: flags}}; no flags: SAPO-DPO itself
     "alpha": {"0": "--alpha 0", "0.5": "", "0.9": "--alpha 0.9", "0.99": "--alpha 0.99"},
     "EMA every ... steps": {"1": "--ema-every 1", "2": "", "8": "--ema-every 8"},
@@ -83,8 +83,8 @@ COLUMNS = {         # of the table: (head, digits)
     "nll": ("NLL", 3), "distinct-2": ("distinct-2", 3), "repeated": ("repeated", 2), "length": ("tokens", 1)}
 STAGES = {"writing": ("prefill", "decode"), "reference": ("reference",), "forward": ("forward",), "backward": ("backward",), "optimizer, EMA": ("optimizer", "ema")}
 PAIRS = {           # panels of pairs.png: {title: {key of metrics.jsonl: line}}
-    "y+ and y- that pass the judge": {"pairs/chosen_judge": ":", "pairs/rejected_judge": "-"}, "log p(B) - log p(B'), nats": {"pairs/segment_gap": "-"},
-    "the seam: log p(C), B - B', nats": {"pairs/seam_gap": "-"}, "share of B' equal to B": {"pairs/identical": "-"},
+    "y+ and y- that pass the judge": {"pairs/chosen_judge": ":", "pairs/rejected_judge": "-"}, "log p(B) less log p(B'), nats": {"pairs/segment_gap": "-"},
+    "log p(C) after B less after B', nats": {"pairs/seam_gap": "-"}, "share of B' equal to B": {"pairs/identical": "-"},
     "share of y- ended early by B'": {"gen/eos_fraction": "-"}, "drawn pairs with y+ ahead": {"rewards/accuracies": "-"}}
 IN_PAIRS = ("SAPO-DPO", "SAPO-ORPO", "full response", "SPIN", "on-policy")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # 97.5 % points of t with 1 ... 9 degrees of freedom
@@ -371,9 +371,10 @@ def draw(results, lines, folder):
     figure, axes = plt.subplots(1, 3, figsize=(9, 0.36 * len(arms) + 1.5), layout="constrained", width_ratios=(2.2, 1, 1), sharey=True)
     rows = [a["test"] for a in arms.values()]
     for axis, keys, title in ((axes[0], JUDGE, "share of stories without a slip"), (axes[1], ("nll",), "NLL per token of y+"),
-                              (axes[2], ("distinct-2",), "distinct-2, temperature 1")):
+                              (axes[2], ("distinct-2",), "distinct-2")):
         dots(axis, rows, keys)
         axis.set_title(title)
+        axis.locator_params(axis="x", nbins=6 if axis is axes[0] else 4)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].set_ylim(len(arms) - 0.5, -0.5)
     axes[0].set_xlim(-0.02, 1.02)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, oracle, small_model
 
+import mutants
 import sapo
 import study
 import train
@@ -79,6 +80,13 @@ def test_every_arm_has_its_words_and_its_rates():
 
 def test_the_readme_has_the_table_of_arms():
     assert study.relatives() in (ROOT / "README.md").read_text("utf-8"), "paste what this prints: python tests/study.py --relatives"
+
+
+def test_the_readmes_workshop_plants_the_bug_of_each_station():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for number, mutant in enumerate(mutants.MUTANTS, 1):
+        if mutant.station:
+            assert f"python tests/mutants.py {number}`" in readme and mutant.test in readme, f"station {mutant.station} is bug {number} now"
 
 
 # ------------------------------------------------------------------------------------------------ the relatives
@@ -201,9 +209,9 @@ def test_the_best_rate_on_validation_rows_is_taken(monkeypatch):
     args = SimpleNamespace(out="nowhere", seeds=2, rates=[], sft_steps=5, steps=2, rows=None, jobs=1)
     chosen, asked = study.Study(args), []
     monkeypatch.setattr(chosen, "do", lambda what, jobs: asked.extend(jobs))
-    monkeypatch.setattr(chosen, "found", lambda flags, lr, seed, split: dict.fromkeys(study.JUDGE, {3e-5: 0.2, 1e-4: 0.6, 3e-4: 0.4, 1e-3: 0.9}[lr]))
+    monkeypatch.setattr(chosen, "found", lambda flags, lr, seed, split: dict.fromkeys(study.JUDGE, {1e-4: 0.2, 3e-4: 0.6, 1e-3: 0.4, 3e-3: 0.9}[lr]))
     best = chosen.tune({"SAPO-DPO": "", "SFT": "--loss orpo --lam 0"})
-    assert {arm: lr for arm, (lr, _) in best.items()} == {"SAPO-DPO": 1e-4, "SFT": 1e-3}
+    assert {arm: lr for arm, (lr, _) in best.items()} == {"SAPO-DPO": 3e-4, "SFT": 3e-3}
     assert {j["split"] for j in asked} == {"validation"} and {j["seed"] for j in asked} == {1} and len(asked) == 1 + 6
 
 
@@ -222,7 +230,7 @@ def test_a_micro_study_runs_and_goes_on_without_repeating(tmp_path, capsys):
     assert first["arms"]["SAPO-DPO"]["stages"]["writing"] > 0 == first["arms"]["SFT"]["stages"]["writing"]
 
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
-    next((tmp_path / "runs").glob("loss-orpo*")).joinpath("test.json").unlink()
+    next((tmp_path / "runs").glob("loss-orpo*/test.json")).unlink()
     assert study.main([*MICRO, *where]) == 0
     again = capsys.readouterr().out
     assert "1 runs, 1 of them done before" in again and "2 runs, 1 of them done before" in again
