@@ -1073,16 +1073,20 @@ class Run:
         libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
         temporary = self.out.with_name(f".{self.out.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "source").mkdir(parents=True)
-        for name, content in self.files.items():
-            (temporary / "source" / name).write_bytes(content)
-        write_json(temporary / "source" / "config.json", self.config.to_dict(self.dtype))
-        write_json(temporary / "config.json", {
-            "settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps, "world_size": self.world.size,
-            "model_commit": self.commit, "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos),
-            "data": [d.note for d in (self.data, self.held_data, self.sft_data)],
-            "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in libraries}}})
-        replace_folder(temporary, self.out)
+        try:
+            (temporary / "source").mkdir(parents=True)
+            for name, content in self.files.items():
+                (temporary / "source" / name).write_bytes(content)
+            write_json(temporary / "source" / "config.json", self.config.to_dict(self.dtype))
+            write_json(temporary / "config.json", {
+                "settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps, "world_size": self.world.size,
+                "model_commit": self.commit, "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos),
+                "data": [d.note for d in (self.data, self.held_data, self.sft_data)],
+                "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in libraries}}})
+            replace_folder(temporary, self.out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     # -- models
 

@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def _main(argv, hook, log):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(i, "w", closefd=False), write_through=True) for i in (1, 2))
+    train.tqdm.set_lock(threading.RLock())               # its own would be a semaphore that a killed process leaves behind
     torch.manual_seed(os.getpid())                       # a draw from nobody's generator shows as a difference
     train.np.random.seed(os.getpid() % 2**31)
     if hook:
@@ -56,7 +58,7 @@ def _main(argv, hook, log):
 def server():
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train", "test_run"])
+    context.set_forkserver_preload(["conftest", "train", "test_run", "torch._dynamo", "jinja2.ext", "jinja2.sandbox"])     # what a run would import
     return context
 
 
@@ -68,13 +70,13 @@ def start(argv, log, hook=None):
     return process
 
 
-def run(out, *argv, hook=None, code=0):
+def run(out, *argv, hook=None, code=0, log=None):
     """A run to its end in `out` (or going on there: argv begins with --resume); returns what it printed."""
-    log = Path(out).with_name(Path(out).name + ".log")
+    log = log or Path(out).with_name(Path(out).name + ".log")
     before = log.stat().st_size if log.exists() else 0
     process = start(argv if "--resume" in argv else [*argv, "--out", out], log, hook)
     process.join(300)
-    printed = log.read_text("utf-8")[before:]
+    printed = log.read_bytes()[before:].decode()
     assert process.exitcode == code, f"exit code {process.exitcode}:\n{printed[-3000:]}"
     assert "Traceback" not in printed and "Exception ignored" not in printed, printed[-3000:]
     return printed
@@ -89,9 +91,9 @@ def everything():
 
 
 def at_call(name, number, action):
-    """A hook: `action` is called at the beginning of the number-th call of train.<name>."""
+    """A hook: `action` is called at the beginning of the number-th call of train.<name>, or of a name in another module."""
     owner, _, name = name.rpartition(".")
-    owner = getattr(train, owner) if owner else train
+    owner = sys.modules.get(owner) or getattr(train, owner) if owner else train
     original, calls = getattr(owner, name), [0]
 
     @functools.wraps(original)
