@@ -295,7 +295,7 @@ def cell(values, digits, sign=""):
 def verdict(values):
     """Of paired differences: does the interval leave 0 out, and on which side?"""
     mean, half = interval(values)
-    return "cannot be told" if not abs(mean) > half else "holds here" if mean > 0 else "does not hold here"
+    return "cannot be told" if not abs(mean) > half else "holds" if mean > 0 else "does not hold"
 
 
 # ------------------------------------------------------------------------------------------------ tables and figures
@@ -314,7 +314,8 @@ def report(results, out):
     """The tables as Markdown, from the dict that study.json holds."""
     arms, ablations, seeds, few = results["arms"], results["ablations"], results["seeds"], results["ablation_seeds"]
     n = len(seeds)
-    lines = [f"Test rows, {results['steps']} steps of {BATCH} pairs, mean ± 95 % t-interval over {n} seed{'s' * (n > 1)}. lr: best of three on validation rows.\n",
+    lines = [f"Test rows, {results['steps']} steps of {BATCH} pairs, mean ± 95 % t-interval over {n} seed{'s' * (n > 1)}; "
+             f"lr {'chosen on validation rows' if any(a['tuning'] for a in arms.values()) else 'not chosen, but given'}.\n",
              markdown(["arm", "lr", *(head for head, _ in COLUMNS.values())],
                       [[arm, f"{a['lr']:g}" if a["lr"] else "-", *(cell([r[k] for r in a["test"]], digits) for k, (_, digits) in COLUMNS.items())]
                        for arm, a in arms.items()])]
@@ -322,8 +323,9 @@ def report(results, out):
                (judged, *(lambda r, k=k: r[k] for k in JUDGE))), verdict([judged(x) - judged(y) for x, y in zip(arms[a]["test"], arms[b]["test"])])]
               for claim, (a, b) in CLAIMS.items() if a in arms and b in arms]
     if claims and n > 1:
-        lines += ["\nDifferences of the judge's scores, seed by seed (the same base and prompts), and whether their mean's interval leaves 0 out:\n",
-                  markdown(["claim", "difference", "mean", *(COLUMNS[k][0] for k in JUDGE), "so it"], claims)]
+        lines += ["\nDifferences of the judge's scores, seed by seed (the same base and prompts). Holds, does not hold: the mean's interval leaves 0 out; "
+                  "it is one of several looked at, none corrected for that:\n",
+                  markdown(["claim", "difference", "mean", *(COLUMNS[k][0] for k in JUDGE), "here"], claims)]
     if ablations:
         lines += [f"\nSAPO-DPO with one thing changed, lr {arms['SAPO-DPO']['lr']:g}, {few} seeds:\n",
                   markdown(["what", "value", *(COLUMNS[k][0] for k in COLUMNS)],
@@ -341,7 +343,7 @@ def report(results, out):
                         for arm, a in arms.items() if a.get("stages")])]
     if any(a["tuning"] for a in arms.values()):
         lines += ["\nTuning: mean of the judge's scores on validation rows, one seed:\n",
-                  markdown(["arm", "low", "middle", "high"], [[arm, *(f"{lr}: {s:.2f}" for lr, s in a["tuning"].items())] for arm, a in arms.items() if a["tuning"]])]
+                  markdown(["arm", "lr: score"], [[arm, ", ".join(f"{lr}: {s:.2f}" for lr, s in a["tuning"].items())] for arm, a in arms.items() if a["tuning"]])]
     return "\n".join(lines)
 
 
@@ -385,7 +387,8 @@ def draw(results, lines, folder):
         figure, axes = plt.subplots(2, 4, figsize=(9, 5.2), layout="constrained", sharey=True)
         for axis, (what, values) in zip(axes.flat, results["ablations"].items()):
             dots(axis, list(values.values()), JUDGE, "y", 0.2)
-            axis.set_xticks(range(len(values)), [v.replace(" ", "\n", 1) for v in values], fontsize=8)
+            axis.set_xticks(range(len(values)), [v.replace(" %", "%").replace(" ", "\n", 1) for v in values], fontsize=8)
+            axis.set_xlim(-0.5, len(values) - 0.5)
             axis.set_title(what)
             axis.set_ylim(-0.02, 1.02)
         for axis in axes[:, 0]:

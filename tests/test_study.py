@@ -185,7 +185,7 @@ def test_one_value_has_no_interval_and_is_printed_without():
 
 
 def test_a_verdict_needs_an_interval_without_0():
-    assert study.verdict([0.1, 0.11, 0.12]) == "holds here" and study.verdict([-0.1, -0.11, -0.12]) == "does not hold here"
+    assert study.verdict([0.1, 0.11, 0.12]) == "holds" and study.verdict([-0.1, -0.11, -0.12]) == "does not hold"
     assert study.verdict([0.1, -0.1, 0.12]) == study.verdict([0.3]) == study.verdict([0.0, 0.0]) == "cannot be told"
 
 
