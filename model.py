@@ -588,6 +588,8 @@ def check_weights(folder, config):
         if stated is not None and stated != has("q_proj.bias"):
             raise BadInput(f"{folder}: config.json says attention_bias {stated}, the weights say {has('q_proj.bias')}")
         config.qkv_bias, config.o_bias = has("q_proj.bias"), has("o_proj.bias")
+        if stated is None and config.qkv_bias and config.o_bias:     # transformers, and a run that is resumed, have only the config to go by
+            config.source = config.source | {"attention_bias": True}
     with torch.device("meta"):
         wanted = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
     extra = set(files) - set(wanted) - ({"lm_head.weight"} if config.tie_word_embeddings else set())

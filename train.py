@@ -360,7 +360,7 @@ class Text:
         encoded = []
         for row in texts:
             opening, *wholes = [next(ids) for _ in row]
-            if not self.template and len(opening) > 1 and opening[-1] in self.eos:     # some tokenizers close every text
+            if not self.template and opening and opening != [self.bos] and opening[-1] in self.eos:    # some tokenizers close every text
                 opening = opening[:-1]
             if not opening and self.bos is not None:                                   # an empty text begins with BOS
                 opening, wholes = [self.bos], [[self.bos] + w for w in wholes]
@@ -536,7 +536,8 @@ def find_model(name, world):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     repo, _, revision = name.partition("@")
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "*.jinja", "LICENSE*"]
+    patterns = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
+                "*.jinja", "LICENSE*"]                   # not every *.safetensors: Mistral's come twice
 
     def fetch():
         try:
@@ -1202,7 +1203,10 @@ class Run:
         if self.steps < shared.get("step", 0):
             raise BadInput(f"--steps {self.steps}: this run has done {shared['step']} already")
         self.saved = folder
-        fill(self.model, from_disk(folder / "policy").items())
+        weights = from_disk(folder / "policy")
+        if weights.keys() != dict(self.trained(self.model)).keys():
+            raise BadInput(f"{folder}: holds other weights than {self.out / 'source' / 'config.json'} asks for")
+        fill(self.model, weights.items())
         self.sft_step, self.bad, self.table, self.before, self.evaluated = (shared[k] for k in ("sft_step", "bad", "table", "before", "evaluated"))
         if not shared["sapo"]:
             self.begin_warm_up()
@@ -1275,7 +1279,8 @@ class Run:
                 if (stop or number == steps or self.cfg.save_every and number % self.cfg.save_every == 0) and not self.bad:
                     self.save()
                 if stop:
-                    raise Stopped(f"stopped after {name} step {number} and saved; go on with: python train.py --resume {self.out}")
+                    how = "and saved; go on" if not self.bad else "whose gradient was not finite; go on from the checkpoint before"
+                    raise Stopped(f"stopped after {name} step {number}{', ' if self.bad else ' '}{how} with: python train.py --resume {self.out}")
 
     def warm_up(self):
         cfg, log = self.cfg, self.log

@@ -494,6 +494,11 @@ def plant(what, steps, note):
     train.sapo_step, sapo.preference_loss, train.draw_curves = step, loss, lambda folder: None
 
 
+def signal_in_a_bad_step(note):
+    plant("batch", [5], note)
+    stop_at("sapo_step", 5)()
+
+
 @pytest.mark.parametrize("what", ["weights", "batch", "gradient"])
 def test_a_step_that_is_not_finite_moves_nothing_and_too_many_stop_the_run(world, whole, tmp_path, what):
     out, note = tmp_path / "run", tmp_path / "note"
@@ -520,6 +525,15 @@ def test_a_single_bad_step_is_reported_and_the_run_goes_on(world, tmp_path):
     assert moved[6] == [] and moved[5] == moved[7] == ["policy", "optimizer"] and (tmp_path / "run/model").exists()
     rows = [row for row in lines(tmp_path / "run/metrics.jsonl") if row.get("step") == 6 and "loss" in row]
     assert rows[0]["loss"] != rows[0]["loss"] and [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000008", "step-00000012"]
+
+
+def test_a_signal_after_a_bad_step_does_not_claim_to_have_saved(world, whole, tmp_path):
+    out = tmp_path / "run"
+    printed = run(out, *world, hook=functools.partial(signal_in_a_bad_step, str(tmp_path / "note")))
+    assert "stopped after SAPO step 5, whose gradient was not finite; go on from the checkpoint before with: python train.py --resume" in printed
+    assert checkpoints(out)[-1].name == "step-00000008"
+    resume(out)
+    assert not differences(whole, out)
 
 
 def bad_warm_up(steps):

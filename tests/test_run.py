@@ -22,11 +22,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, oracle
+from conftest import ROOT, oracle, randomise
 
 import train
 from buffer import unpack
-from model import generate, load_pretrained, save_pretrained
+from model import ModelConfig, Transformer, generate, load_pretrained, save_pretrained
 
 EOS = 1                                                  # <|end|>, of the tiny tokenizer
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
@@ -160,6 +160,7 @@ def make_world(folder):
     rows = {name: lines(train.TINY / f"tiny_{name}.jsonl")[:n] for name, n in (("train", 26), ("base", 22), ("test", 6))}
     for row, other in zip(rows["test"][::2], rows["train"]):       # some held-out rows bring a worse answer, the others get one written
         row["rejected"] = other["chosen"]
+    rows["test"][2]["rejected"] = "Qzx! Vjk?"            # rare and short: less likely a token, more likely in all
     for name, part in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return ["--model", folder / "base", "--data", folder / "train.jsonl", "--sft-data", folder / "base.jsonl", "--eval-data", folder / "test.jsonl", *SETTINGS]
@@ -343,16 +344,17 @@ def test_evaluation_is_what_a_loop_over_transformers_logits_gives(whole, world, 
         assert found[f"eval/{name}/nll"] == pytest.approx(-sum(c[0] for c, _ in rows) / sum(len(p.chosen) for p in held), rel=1e-5)
         assert found[f"eval/{name}/accuracy"] == pytest.approx(sum(c[1] > r[1] for c, r in rows) / len(held))
         assert found[f"eval/{name}/margin"] == pytest.approx(sum(g - s for g, s in zip(gaps[name], gaps["start"])) / len(held), abs=2e-4)
+    assert {c[1] > r[1] for c, r in sides["policy"]} == {True, False} and any((c[1] > r[1]) != (c[0] > r[0]) for c, r in sides["policy"])
     assert found["eval/start/margin"] == 0.0 and abs(found["eval/policy/margin"]) > 0.01
 
 
 def test_evaluating_changes_nothing_in_the_run(whole, world, tmp_path):
-    for every in (0, 1):
-        run(tmp_path / str(every), *world, "--eval-every", every)
-        assert (tmp_path / str(every) / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-        step = [row for row in metrics(tmp_path / str(every)) if "loss" in row]
-        assert step == [row for row in metrics(whole) if "loss" in row]
-    assert sum("eval/policy/nll" in row for row in lines(tmp_path / "1/metrics.jsonl")) == 8
+    for name, flags in (("never", ["--eval-every", 0]), ("always", ["--eval-every", 1]), ("less", ["--eval-rows", 3, "--samples", 0])):
+        run(tmp_path / name, *world, *flags)
+        assert (tmp_path / name / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+        steps = [row for row in metrics(tmp_path / name) if "loss" in row]
+        assert steps == [row for row in metrics(whole) if "loss" in row]
+    assert sum("eval/policy/nll" in row for row in lines(tmp_path / "always/metrics.jsonl")) == 8
 
 
 # ---------------------------------------------------------------- stop and go on
@@ -464,6 +466,21 @@ def test_other_data_are_refused_on_resume(world, tmp_path, flag):
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     assert "put the same files back" in resume(tmp_path / "run", code=2)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_biases_that_only_the_weights_name_survive_a_resume(whole, world, tmp_path):
+    """Some checkpoints of the Llama family have biases, and a config that does not say so."""
+    base = load_pretrained(whole / "model")
+    config = base.config.source
+    biased = randomise(Transformer(ModelConfig.from_dict(config | {"attention_bias": True})), 5)
+    save_pretrained(biased, tmp_path / "base", torch.float32, train.companions(whole / "model"))
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    flags = tuned(world, tmp_path / "base", "--steps", 4)
+    run(tmp_path / "whole", *flags)
+    run(tmp_path / "run", *flags, hook=stop_at("sapo_step", 3))
+    resume(tmp_path / "run")
+    assert not differences(tmp_path / "whole", tmp_path / "run")
+    assert "model.layers.0.self_attn.o_proj.bias" in load_file(tmp_path / "run/model/model.safetensors")
 
 
 # ---------------------------------------------------------------- the run folder's name
