@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -248,7 +247,8 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "data that are a folder": (flags("--data model"), "model", "directory"),
     "data in parquet": (files("--data rows.parquet", rows_parquet=b"PAR1"), "rows.parquet", "convert parquet first", "to_json"),
     "data in an unsound gzip": (files("--data rows.jsonl.gz", rows_gz=b"not gzip"), "rows.jsonl.gz", "cannot be read"),
-    "data in a gzip cut short": (files("--data rows.jsonl.gz", rows_gz=gzip.compress(b'{"prompt": "a", "chosen": "b"}\n' * 99)[:-12]), "rows.jsonl.gz", "cannot be read"),
+    "data in a gzip cut short": (files("--data rows.jsonl.gz", rows_gz=gzip.compress(b'{"prompt": "a", "chosen": "b"}\n' * 99)[:-12]),
+                                 "rows.jsonl.gz", "cannot be read"),
     "data in .json that are not a list": (files("--data rows.json", rows_json={"prompt": "a", "chosen": "b"}), "rows.json", "list of rows", ".jsonl"),
     "data in .json that are cut short": (files("--data rows.json", rows_json=b'[{"prompt": "a"'), "rows.json", "JSON"),
     "a row of a .json list": (files("--data rows.json", rows_json=[{"prompt": "a", "chosen": "b"}, {"prompt": "a"}]), "rows.json, row 2", "chosen"),
@@ -272,7 +272,8 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "messages that end with the user's": (line({"messages": [turn("assistant", "a"), turn("user", "b")]}), "rows.jsonl, line 3", "assistant"),
     "messages without a question": (line({"messages": [turn("assistant", "b")]}), "rows.jsonl, line 3", "before the assistant's answer"),
     "a message without content": (line({"messages": [{"role": "user"}, turn("assistant", "b")]}), "rows.jsonl, line 3", "role and a content"),
-    "a message whose content is a list": (line({"messages": [turn("user", [{"type": "image"}]), turn("assistant", "b")]}), "rows.jsonl, line 3", "both text"),
+    "a message whose content is a list": (line({"messages": [turn("user", [{"type": "image"}]), turn("assistant", "b")]}),
+                                          "rows.jsonl, line 3", "both text"),
     "a judge of something else": (line({"prompt": "a", "chosen": "b", "judge": {"must": "b"}}), "rows.jsonl, line 3", "must_not"),
     "a malformed line of held-out data": (both(line({"prompt": "a"}), flags("--eval-data rows.jsonl")), "rows.jsonl, line 3", "chosen"),
     "responses that hold nothing but an end": (files(rows=b'{"prompt": "a", "chosen": "<|end|>"}\n' * 9), "dropped", "--max-length"),
@@ -317,8 +318,10 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "an index that promises what the shard lacks": (index("part.safetensors", "model.more.weight"), "model.more.weight", "missing"),
     "an index that points to ../": (index("../rows.jsonl"), "../rows.jsonl", "not a file name in this folder"),
     "an index that points to /": (index("/etc/passwd"), "/etc/passwd", "not a file name in this folder"),
-    "weights that are a link out of the folder": (link("model.safetensors", "elsewhere/w.safetensors"), "model.safetensors", "link out of the model folder"),
-    "a licence that is a link out of the folder": (both(files(note="secret"), (lambda f: (f / "model/LICENSE.txt").symlink_to(f / "notes/note.txt"), GOOD)),
+    "weights that are a link out of the folder": (link("model.safetensors", "elsewhere/w.safetensors"),
+                                                   "model.safetensors", "link out of the model folder"),
+    "a licence that is a link out of the folder": (both(files(note="secret"), (
+        lambda f: (f / "model/LICENSE.txt").symlink_to(f / "notes/note.txt"), GOOD)),
                                                    "LICENSE.txt", "link out of the model folder"),
 
     # -- tokenizer and chat template
@@ -329,13 +332,16 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a tokenizer that is another object": (files(tokenizer={"model": 3}), "model/tokenizer.json", "not a tokenizer"),
     "more tokens than the model has": (both(edit("config", vocab_size=900), weights(lambda w: w.update(
         {k: w[k][:900].clone() for k in ("lm_head.weight", "model.embed_tokens.weight")}))), "946 tokens", "only 900", "resize"),
-    "no end token": (both(files(generation_config=None, chat_template=None), edit("tokenizer_config", eos_token=None), edit("config", eos_token_id=None)), "no end token"),
+    "no end token": (both(files(generation_config=None, chat_template=None), edit("tokenizer_config", eos_token=None),
+                          edit("config", eos_token_id=None)), "no end token"),
     "conversations without a chat template": (both(NO_TEMPLATE, line({"messages": [turn("user", "a"), turn("assistant", "b")]})), "--chat-template"),
     "a template file that is not there": (flags("--chat-template none.jinja"), "--chat-template none.jinja", "cannot be read"),
-    "a template file that is not UTF-8": (files("--chat-template template.jinja", template=b"\xff\xfe{{ x }}"), "--chat-template template.jinja", "cannot be read"),
+    "a template file that is not UTF-8": (files("--chat-template template.jinja", template=b"\xff\xfe{{ x }}"),
+                                          "--chat-template template.jinja", "cannot be read"),
     "a template that is not Jinja": (template("{% for m in messages %}{{ m.content }}"), "not valid Jinja"),
     "a template that is a number": (both(NO_TEMPLATE, edit("tokenizer_config", chat_template=7)), "chat template"),
-    "a template that loops for ever": (template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"), "chat template", "longer than"),
+    "a template that loops for ever": (template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+                                      "chat template", "longer than"),
     "a template of endless constants": (template("{{ 'a' * 10**13 }}"), "chat template", "MemoryError"),
     "a template that reaches for classes": (template("{{ ''.__class__.__mro__[1].__subclasses__() }}"), "chat template", "unsafe"),
     "a template that reaches for globals": (template("{{ raise_exception.__globals__['os'].listdir('/') }}"), "chat template", "unsafe"),
@@ -351,7 +357,8 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a folder that is no run, to be replaced": (flags("--out model --overwrite"), "--out model", "not a run folder", "not replaced"),
     "a file to be replaced": (flags("--out rows.jsonl --overwrite"), "--out rows.jsonl", "not a run folder", "another name"),
     "a run to be replaced that holds the model": (both(a_run({}, ""), (lambda f: (f / "model").rename(f / "run/model"),
-                                                       GOOD + "--model run/model --out run --overwrite".split())), "--out run", "--model run/model", "another name"),
+                                                       GOOD + "--model run/model --out run --overwrite".split())),
+                                                  "--out run", "--model run/model", "another name"),
     "the folder one stands in": (flags("--out ."), "--out .", "another name"),
     "a run folder whose name has NUL": ((lambda f: None, GOOD + ["--out", "o\0ut"]), "--out", "null byte", "another name"),
     "a run folder whose name is too long": (flags("--out " + "o" * 300), "--out", "too long", "another name"),

@@ -123,6 +123,7 @@ CONVERSATIONS = {
 }
 TYPED = [user("<s> <|im_end|> </s> <|eot_id|> typed by hand"), assistant("a <|im_start|> b <|end|> c </s> <|eot_id|> <|im_end|> d")]
 HOME = tempfile.TemporaryDirectory()
+ROOMY = ModelConfig(**NUMBERS | {"vocab_size": 2**20})                            # for any of the tokenizers
 SYSTEM = {name for name, turns in CONVERSATIONS.items() if turns[0]["role"] == "system"}      # Mistral's template refuses them
 
 
@@ -150,13 +151,13 @@ def folder_of(world):
 
 @functools.cache
 def ours(world):
-    folder, config = folder_of(world), ModelConfig(**NUMBERS | {"vocab_size": 2**20})
+    folder = folder_of(world)
     if folder is None:
         pytest.skip("SAPO_TOKENIZERS does not say where the real tokenizers are")
     files = companions(folder)
     if REAL.get(world):
         files["chat_template.jinja"] = REAL[world].encode()
-    return train.Text(files, folder, config)
+    return train.Text(files, folder, ROOMY)
 
 
 @functools.cache
@@ -177,7 +178,7 @@ def theirs(world, turns, **more):
 def plain_text():
     """A checkpoint without a template, whose tokenizer begins with BOS."""
     files = {k: v for k, v in companions(folder_of("roles alternate")).items() if k != "chat_template.jinja"}
-    return train.Text(files, "here", ModelConfig(**NUMBERS | {"vocab_size": 2**20}))
+    return train.Text(files, "here", ROOMY)
 
 
 def encode(world, turns):
@@ -233,12 +234,14 @@ def test_the_date_stands_still():
     "  {% set ns = namespace(n=0) %}\n{% for m in messages %}\n  {% set ns.n = ns.n + 1 %}\n{% endfor %}\n{{ ns.n }}",
     "{% macro turn(m) %}<{{ m['role'] }}>{{ m['content'] | trim }}{% endmacro %}{% for m in messages %}{{ turn(m) }}{% endfor %}",
     "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ nothing }}|",
-    "{{ tools }}|{{ documents }}|{{ add_generation_prompt }}|{% if tools is none %}none{% endif %}|{{ tools is defined }}", "{{ dict(a=1, b=messages[0].role) | tojson }}",
+    "{{ tools }}|{{ documents }}|{{ add_generation_prompt }}|{% if tools is none %}none{% endif %}|{{ tools is defined }}",
+    "{{ dict(a=1, b=messages[0].role) | tojson }}",
     "{{ messages[0].missing is defined }}{{ messages[0].missing }}{{ messages | length }}{{ messages[::-1][0]['role'] }}", "a\n", "{{ 'x' }}\n\n"])
 def test_the_sandbox_is_set_up_as_that_of_transformers(source):
     turns = CONVERSATIONS["HTML and quotes"]
     expected = their_tokenizer("chatml").apply_chat_template(turns, tokenize=False, chat_template=source)
-    assert train.compile_template(source).render(messages=turns, tools=None, documents=None, add_generation_prompt=False, **ours("chatml").special) == expected
+    variables = dict(messages=turns, tools=None, documents=None, add_generation_prompt=False, **ours("chatml").special)
+    assert train.compile_template(source).render(variables) == expected
 
 
 # ---------------------------------------------------------------- prompt and response
@@ -290,7 +293,7 @@ def test_where_the_whole_renders_another_prompt_the_common_part_is_the_prompt():
     """Qwen3 adds an empty think block to the question when thinking is off, which the whole conversation may not repeat."""
     source = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
     assert source != CHATML
-    text = train.Text(companions(folder_of("chatml")) | {"chat_template.jinja": source.encode()}, "here", ModelConfig(**NUMBERS | {"vocab_size": 2**20}))
+    text = train.Text(companions(folder_of("chatml")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
     (prompt, chosen, _), = text.encode([train.Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
     assert text.decode(prompt).endswith("<|im_start|>assistant\n") and text.decode(chosen) == "A dog.<|im_end|>"
 
@@ -306,20 +309,20 @@ def test_both_answers_of_a_row_share_one_prompt():
 
 def test_a_template_that_closes_no_answer_gets_the_tokenizers_end_token():
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    text = train.Text(companions(folder_of("llama3, dated")) | {"chat_template.jinja": source.encode()}, "here", ModelConfig(**NUMBERS | {"vocab_size": 2**20}))
+    text = train.Text(companions(folder_of("llama3, dated")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
     (prompt, chosen, _), = text.encode([train.Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
     assert chosen[-1] == text.tokenizer.token_to_id("<|eot_id|>") and text.decode(chosen, True).strip() == "A dog."
 
 
 def test_a_template_may_stand_in_three_places():
     """chat_template.jinja beats tokenizer_config.json, where it is a text or a list; --chat-template beats both."""
-    folder, config = folder_of("roles alternate"), ModelConfig(**NUMBERS | {"vocab_size": 2**20})
+    folder = folder_of("roles alternate")
     files = companions(folder)
     del files["chat_template.jinja"]
 
     def first_line(settings, jinja=None, file=""):
         more = {"tokenizer_config.json": json.dumps(json.loads(files["tokenizer_config.json"]) | settings).encode()}
-        return train.Text(files | more | ({"chat_template.jinja": jinja} if jinja else {}), folder, config, file).render([user("x")])
+        return train.Text(files | more | ({"chat_template.jinja": jinja} if jinja else {}), folder, ROOMY, file).render([user("x")])
 
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "listed"}]
     assert first_line({"chat_template": "plain"}) == "plain"
