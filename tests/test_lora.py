@@ -1,12 +1,17 @@
 """LoRA: what trains, what is shared, that an average of adapters is the average of the weights, and that peft reads them."""
 
+import json
+import shutil
+import signal
+
 import pytest
 import torch
 from conftest import NUMBERS, oracle, random_texts, small_model
 from safetensors.torch import load_file
 
+import train
 from buffer import Pair
-from model import PROJECTIONS, LoRA, Transformer, add_lora, generate, load_pretrained, plain_weights, save_adapter, save_pretrained, twin
+from model import PROJECTIONS, LoRA, Transformer, add_lora, companions, generate, load_pretrained, plain_weights, save_adapter, save_pretrained, twin
 from sapo import Example, SAPOConfig, State, collate, ema_update, preference_loss, sapo_step, scored_tokens
 
 RANK, ALPHA = 3, 7.5                                     # so B A x is scaled by 2.5
@@ -270,3 +275,68 @@ def test_the_adapters_folder_names_its_base_and_holds_nothing_else(tmp_path):
     with torch.no_grad():
         want = logits(model)
         assert (theirs(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
+
+
+# ---------------------------------------------------------------- whole runs
+
+def run(*flags):
+    """train.main on the CPU; whatever it wants of the signals is taken back."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert train.main(list(map(str, flags))) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder of the base, folder of a finished run with --lora 4): four steps of SAPO on a small random checkpoint."""
+    folder = tmp_path_factory.mktemp("lora")
+    base = small_model(0, torch.float32, vocab_size=1030, max_position_embeddings=256, sliding_window=None)
+    save_pretrained(base, folder / "base", torch.float32, companions(train.TINY / "tiny_model"))
+    run("--model", folder / "base", "--data", train.TINY / "tiny_validation.jsonl", "--out", folder / "run", "--lora", 4, "--lora-alpha", 6, *SMALL)
+    return folder / "base", folder / "run"
+
+
+SMALL = ("--device cpu --steps 4 --save-every 2 --batch-size 4 --micro-batch 2 --segment 5 --buffer-size 8 --lr 0.03 --optimizer adamw --warmup 0 --ema-every 2 "
+         "--max-prompt-length 48 --max-length 160 --eval-rows 2 --eval-tokens 4 --samples 1").split()
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_a_run_ends_with_merged_weights_that_only_projections_changed(finished, name):
+    base, out = finished
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, out / name))
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert before.keys() == after.keys() and moved == {key for key in before if key.split(".")[-2] in PROJECTIONS}
+    factors = load_file(out / f"{name}_adapter/adapter_model.safetensors")
+    for key in moved:
+        A, B = (factors[f"base_model.model.{key.removesuffix('weight')}lora_{leaf}.weight"].double() for leaf in "AB")
+        assert len(A) == 4 and (after[key] - (before[key] + 6 / 4 * B @ A)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["model", "ema"])
+def test_peft_loads_a_runs_adapter_onto_the_base_and_it_is_the_merged_model(finished, name):
+    peft, transformers, (base, out) = oracle("peft"), oracle("transformers"), finished
+    load = lambda folder: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    assert peft.PeftConfig.from_pretrained(out / f"{name}_adapter").base_model_name_or_path == str(base)
+    theirs, ids = peft.PeftModel.from_pretrained(load(base), out / f"{name}_adapter").eval(), torch.tensor(random_texts([60, 60], 1024))
+    with torch.no_grad():
+        want = load_pretrained(out / name)(ids)
+        bound = 1e-5 * want.abs().max()
+        assert (theirs(ids).logits - want).abs().max() < bound and (load(out / name).eval()(ids).logits - want).abs().max() < bound
+        assert (load_pretrained(base)(ids) - want).abs().max() > 100 * bound
+
+
+def test_a_run_that_died_after_two_steps_ends_bit_equal(finished, tmp_path):
+    base, out = finished
+    again = tmp_path / "run"
+    shutil.copytree(out, again)
+    for path in (*sorted((again / "checkpoint").iterdir())[1:], *again.glob("model*"), *again.glob("ema*")):
+        shutil.rmtree(path)
+    run("--resume", again)
+    for name in ("model/model.safetensors", "ema/model.safetensors", "model_adapter/adapter_model.safetensors", "ema_adapter/adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (out / name).read_bytes(), name
+    steps = lambda folder: [{k: v for k, v in json.loads(line).items() if not k.startswith("time/") and "per_second" not in k}
+                            for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps(again) == steps(out) and len(steps(out)) >= 5

@@ -1,6 +1,7 @@
 """The decoder: transformers' logits from transformers' folders, one-sentence refusals, and generation that a slow loop repeats."""
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -48,11 +49,15 @@ FAMILIES = {
     "llama, mlp bias": ("llama", dict(mlp_bias=True)),
     "llama, linear rope beyond its length": ("llama", dict(rope_parameters=LINEAR, max_position_embeddings=16)),
     "llama, llama3 rope beyond its length": ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=64)),
+    "llama, llama3 rope beyond its length, tied": ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=64, tie_word_embeddings=True)),
     "mistral, no window": ("mistral", dict(sliding_window=None)),
+    "mistral, no window, head_dim null": ("mistral", dict(sliding_window=None, head_dim=None)),
     "mistral, beyond its window": ("mistral", dict(sliding_window=5)),
     "qwen2": ("qwen2", {}),
+    "qwen2, tied": ("qwen2", dict(tie_word_embeddings=True)),
     "qwen2, beyond its window": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=0)),
     "qwen3": ("qwen3", {}),
+    "qwen3, tied": ("qwen3", dict(tie_word_embeddings=True)),
     "qwen3, tied, attention bias": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
 }
 
@@ -188,6 +193,24 @@ def test_a_saved_model_is_the_same_model_to_transformers(tmp_path, case):
     after = load_theirs(tmp_path / "ours").state_dict()
     assert all(torch.equal(w, after[name]) for name, w in before.state_dict().items())
     assert read(tmp_path / "ours") == read(tmp_path / "theirs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, dialect, shards, dtype", [("Llama 3.2", 4, True, torch.bfloat16), ("Mistral v0.1", 4, False, torch.float16), ("Qwen2", 5, True, torch.float16),
+                                                          ("Qwen3, tied", 4, True, torch.float32), ("Mistral Nemo", 5, False, torch.bfloat16)])
+def test_a_family_is_itself_in_either_dialect_in_shards_and_in_each_dtype(tmp_path, name, dialect, shards, dtype):
+    import families                                      # it imports this file
+    assert max(families.differences(name, dialect, shards, dtype, tmp_path)) < families.BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama 3.1", "Qwen3, tied"])
+def test_sapo_runs_on_a_family_and_its_models_load_in_transformers(tmp_path, monkeypatch, name):
+    import families
+    monkeypatch.delenv("SAPO_TOKENIZERS", raising=False)
+    which, losses, difference = families.three_steps(name, tmp_path)
+    assert which == "tiny" and len(losses) == 3 and difference < families.BOUND
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[2] < losses[0] - 1e-3
 
 
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True), dict(rope={k: v for k, v in LLAMA3.items() if k != "rope_theta"}),
