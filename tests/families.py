@@ -142,15 +142,18 @@ def three_steps(name, folder):
              "--samples 1 --max-length 320").split()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        exit_code = train.main(["--model", str(folder / "model"), "--data", str(train.TINY / "tiny_validation.jsonl"), "--out", str(folder / "run"), *flags])
+        exit_code = train.main(["--model", str(folder / "model"), "--data", str(train.TINY / "tiny_validation.jsonl"),
+                                "--out", str(folder / "run"), *flags])
     assert exit_code == 0, printed.getvalue()[-2000:]
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     ours, theirs = load_pretrained(folder / "run/model"), load_theirs(folder / "run/model")
     tokenizer = oracle("transformers").AutoTokenizer.from_pretrained(folder / "run/model")
     ask, text = "Where is Ada?", train.Text(companions(folder / "model"), folder / "model", ours.config)
-    theirs_ids = tokenizer.apply_chat_template([{"role": "user", "content": ask}], add_generation_prompt=True)["input_ids"] if text.template else tokenizer(ask)["input_ids"]
-    assert text.encode([train.Row({"prompt": ask, "chosen": "There."}, "")])[0][0] == theirs_ids
-    return which + ("" if text.template else ", no chat template"), [r["loss"] for r in rows if "loss" in r], gap(ours, theirs, torch.tensor(random_texts([90, 90], ours.config.vocab_size)))
+    turns = [{"role": "user", "content": ask}]
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True) if text.template else tokenizer(ask)
+    assert text.encode([train.Row({"prompt": ask, "chosen": "There."}, "")])[0][0] == expected["input_ids"]
+    difference = gap(ours, theirs, torch.tensor(random_texts([90, 90], ours.config.vocab_size)))
+    return which + ("" if text.template else ", no chat template"), [r["loss"] for r in rows if "loss" in r], difference
 
 
 def steps():
@@ -173,8 +176,9 @@ def one_step(folder, rank, loss, dtype):
     now = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
-        cfg, preset, _ = train.parse(["--model", folder, "--data", str(train.TINY / "tiny_train.jsonl"), "--out", f"{out}/run", "--device", "cpu", "--lora", str(rank),
-                                      "--loss", loss, "--dtype", dtype, "--optimizer", "adamw", "--batch-size", "4", "--micro-batch", "2", "--segment", "16"])
+        flags = "--device cpu --optimizer adamw --batch-size 4 --micro-batch 2 --segment 16".split()
+        cfg, preset, _ = train.parse(["--model", folder, "--data", str(train.TINY / "tiny_train.jsonl"), "--out", f"{out}/run",
+                                      "--lora", str(rank), "--loss", loss, "--dtype", dtype, *flags])
         world = train.World(None)
         world.place("cpu")
         run = train.Run(cfg, preset, None, world)

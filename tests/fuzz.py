@@ -42,17 +42,21 @@ LIMIT = 12                  # seconds of computing a case; a template may take t
 MEMORY = 4 * 2**30          # bytes of address space a case
 COUNTS = {"lines": 20_000, "configs": 2000, "headers": 1000, "templates": 500}
 ROWS = [{"prompt": "Who is Ada?", "chosen": "A girl with a red kite."},
-        {"prompt": "Where?", "chosen": "In the park \u2014 b\u00fccher \u6f22\u5b57 \U0001f600.", "rejected": "No.", "judge": {"must": ["park"], "must_not": ["rain"]}},
+        {"prompt": "Where?", "chosen": "In the park \u2014 b\u00fccher \u6f22\u5b57 \U0001f600.", "rejected": "No.",
+         "judge": {"must": ["park"], "must_not": ["rain"]}},
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]},
         {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                    {"role": "assistant", "content": "d"}], "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "e"}], "id": 7}]
+                    {"role": "assistant", "content": "d"}], "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "e"}],
+         "id": 7}]
 CONFIGS = {"llama": {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": False, "rope_theta": 5e5, "torch_dtype": "float32",
-                     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+                     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                      "original_max_position_embeddings": 64}},
            "mistral": {"model_type": "mistral", "sliding_window": 8, "rope_theta": 1e4, "hidden_act": "silu", "eos_token_id": 1},
            "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2, "layer_types": ["full_attention"] * 2,
                      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "eos_token_id": [1, 3]},
            "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "attention_bias": False, "use_cache": True}}
-GENERATION = {"bos_token_id": 0, "eos_token_id": [1, 4], "pad_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9, "_from_model_config": True}
+GENERATION = {"bos_token_id": 0, "eos_token_id": [1, 4], "pad_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9,
+              "_from_model_config": True}
 CHATML = """{%- if messages[0]['role'] == 'system' %}{% set first = 1 %}{% else %}{% set first = 0 %}{{ '<|system|>You are kind.<|end|>' }}{% endif %}
 {%- for message in messages[first:] %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
@@ -65,21 +69,31 @@ DATED = """{{- bos_token }}{%- set ns = namespace(system='') %}
 {%- for m in messages %}{% if m.role in ['user', 'assistant', 'system'] %}{{- shown(m) + '<|end|>' }}{% else %}{% break %}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
 SNIPPETS = ["{{ messages }}", "{{ ''.__class__.__mro__ }}", "{{ messages.__init__.__globals__ }}", "{% include 'x' %}", "{% extends '/etc/passwd' %}",
-            "{% import 'x' as y %}", "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}", "{% for i in range(10**9) %}{% endfor %}",
+            "{% import 'x' as y %}", "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+            "{% for i in range(10**9) %}{% endfor %}",
             "{{ 9**9**9 }}", "{{ 'x' * 10**10 }}", "{{ [0] * 10**10 }}", "{{ 'x' | center(10**10) }}", "{{ '%0999999999d' % 1 }}", "{{ 10**5000 }}",
             "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", "{{ strftime_now('%' * 5000) }}",
-            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ raise_exception('one\nline\x1b[2J') }}", "{{ raise_exception(messages) }}", "{{ lipsum(9, html=false) }}",
-            "{{ messages | tojson | length }}", "{{ undefined.attribute }}", "{{ messages[0].update(role='x') }}", "{{ messages.append(1) }}", "{{ '\\ud800' }}", "{% raw %}",
-            "{{ none.x }}", "{{ eos_token * 3 }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "{{ 'x' | indent(10**9) }}", "{{ messages | map(attribute='role') | list }}",
-            "{{ ('(' * 3000) }}", "{{ " + "(" * 3000, "{{ " + "-" * 3000 + "1 }}", "{% if 1 %}" * 300, "{{ " + "a." * 3000 + "a }}", "{{ 1/0 }}", "{{ '{}'.format(x) }}",
-            "{{ '{0.__class__}'.format(messages) }}", "{{ strftime_now }}", "{{ namespace(**{'a': 1}).a }}", "{{ tools.x }}", "{{ joiner() }}", "{% trans %}x{% endtrans %}"]
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ raise_exception('one\nline\x1b[2J') }}", "{{ raise_exception(messages) }}",
+            "{{ lipsum(9, html=false) }}",
+            "{{ messages | tojson | length }}", "{{ undefined.attribute }}", "{{ messages[0].update(role='x') }}", "{{ messages.append(1) }}",
+            "{{ '\\ud800' }}", "{% raw %}",
+            "{{ none.x }}", "{{ eos_token * 3 }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "{{ 'x' | indent(10**9) }}",
+            "{{ messages | map(attribute='role') | list }}",
+            "{{ ('(' * 3000) }}", "{{ " + "(" * 3000, "{{ " + "-" * 3000 + "1 }}", "{% if 1 %}" * 300, "{{ " + "a." * 3000 + "a }}", "{{ 1/0 }}",
+            "{{ '{}'.format(x) }}",
+            "{{ '{0.__class__}'.format(messages) }}", "{{ strftime_now }}", "{{ namespace(**{'a': 1}).a }}", "{{ tools.x }}", "{{ joiner() }}",
+            "{% trans %}x{% endtrans %}"]
 DEEP = "@deep@"             # stands for 10,000 brackets, which json cannot write
-WEIRD = [None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**31, 2**53, 2**63, -2**63, 10**30, 10**400, 0.5, -0.0, 5e-324, 1e308, float("nan"), float("inf"), -float("inf"),
-         "", " ", "a", "1", "silu", "\ud800", "\x00", "\x1b[2J\x07", "\u2028\u0085", "\u202e", "\U0001f600", "../../etc/passwd", "/etc/passwd", "x" * 5000, "<|end|>", "<s>",
+WEIRD = [None, True, False, 0, -1, 1, 2, 3, 7, 10**9, 2**31, 2**53, 2**63, -2**63, 10**30, 10**400, 0.5, -0.0, 5e-324, 1e308, float("nan"),
+         float("inf"), -float("inf"),
+         "", " ", "a", "1", "silu", "\ud800", "\x00", "\x1b[2J\x07", "\u2028\u0085", "\u202e", "\U0001f600", "../../etc/passwd", "/etc/passwd",
+         "x" * 5000, "<|end|>", "<s>",
          [], {}, [[]], [None], ["a", 1], {"": None}, {"content": 3}, {"content": "<|end|>"}, {"__class__": "x"}, {"role": "assistant", "content": ""},
          [{"role": "assistant", "content": "x"}], [{"name": "default", "template": "{{ messages }}"}], DEEP, "{{ messages }}", "llama", list(range(3000))]
-PIECES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\udfff\\ud800", b"\\u0000", b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 30, b"9" * 5000, b'"', b"\\",
-          b"[" * 10_000, b'{"":' * 10_000, b"{", b"}", b"]", b",", b":", b"null", b"true", b"\n", b"\r", b"\x0b", b"\x1b[2J", b"\xe2\x80\xa8", b" " * 5000, b"{}", b'"chosen":', b"{{", b"%}"]
+PIECES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\udfff\\ud800", b"\\u0000", b"NaN", b"-Infinity", b"1e999", b"-1",
+          b"9" * 30, b"9" * 5000, b'"', b"\\",
+          b"[" * 10_000, b'{"":' * 10_000, b"{", b"}", b"]", b",", b":", b"null", b"true", b"\n", b"\r", b"\x0b", b"\x1b[2J", b"\xe2\x80\xa8",
+          b" " * 5000, b"{}", b'"chosen":', b"{{", b"%}"]
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -155,7 +169,8 @@ def spoil_header(rng, content):
     way = rng.randrange(5)
     if way < 3:
         header = spoil_json(rng, json.loads(header)) if way else spoil_bytes(rng, header)
-        length = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1, len(header) + len(body), len(header) + rng.randint(-9, 9)))
+        length = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2**31, 2**63, 2**64 - 1, len(header) + len(body),
+                                                                    len(header) + rng.randint(-9, 9)))
         return struct.pack("<Q", max(0, length)) + header + body
     if way == 3:
         return content[:rng.randrange(len(content))]
@@ -172,9 +187,11 @@ class Bench:
         tokenizer = companions(ROOT / "data/tiny_model")
         settings = json.loads(tokenizer["tokenizer_config.json"])
         template = tokenizer["chat_template.jinja"].decode()
-        settings |= {"pad_token": None, "unk_token": {"content": "<s>", "lstrip": False, "__type": "AddedToken"}, "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}}
+        settings |= {"pad_token": None, "unk_token": {"content": "<s>", "lstrip": False, "__type": "AddedToken"},
+                     "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}}
         for name, changes in CONFIGS.items():
-            model = small_model(dtype=torch.float32, vocab_size=1024, hidden_size=12, intermediate_size=9, head_dim=4, num_attention_heads=4, max_position_embeddings=512,
+            model = small_model(dtype=torch.float32, vocab_size=1024, hidden_size=12, intermediate_size=9, head_dim=4, num_attention_heads=4,
+                                max_position_embeddings=512,
                                 tie_word_embeddings=name == "llama", qkv_bias=name == "qwen2", qk_norm=name == "qwen3")
             code.SHARD_BYTES, before = 30_000 if name == "mistral" else code.SHARD_BYTES, code.SHARD_BYTES
             save_pretrained(model, self.root / name, torch.float32, tokenizer | {"generation_config.json": json.dumps(GENERATION).encode()})
@@ -184,7 +201,8 @@ class Bench:
             (self.root / name / "config.json").write_text(json.dumps(config))
             if name.startswith("qwen"):                  # the template stands in tokenizer_config.json, in both its forms
                 (self.root / name / "chat_template.jinja").unlink()
-                settings["chat_template"] = template if name == "qwen2" else [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}]
+                settings["chat_template"] = template if name == "qwen2" else [{"name": "tool_use", "template": "{{ tools }}"},
+                                                                              {"name": "default", "template": template}]
                 (self.root / name / "tokenizer_config.json").write_text(json.dumps(settings))
         self.good = self.root / "good.jsonl"
         self.good.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
