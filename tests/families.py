@@ -172,7 +172,7 @@ def steps():
 # ------------------------------------------------------------------------------------------------ LoRA's memory
 
 def one_step(folder, rank, loss, dtype):
-    """What a child process does: one step as train.py takes it; prints (trained, all parameters, bytes above the libraries)."""
+    """What a child process does: one step as train.py takes it; prints (trained parameters, the base's, bytes above the libraries)."""
     now = lambda key: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
@@ -187,8 +187,9 @@ def one_step(folder, rank, loss, dtype):
         run.begin_sapo()
         run.refresh_writer()
         assert torch.isfinite(torch.tensor(train.sapo_step(run.state, run.draw, run.local, run.autocast)["grad_norm"]))
-    trained, everything = (sum(p.numel() for p in run.model.parameters() if p.requires_grad or not only) for only in (True, False))
-    print(json.dumps([trained, everything, now("VmHWM") - before]))
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    base = sum(p.numel() for name, p in run.model.named_parameters() if "lora_" not in name)
+    print(json.dumps([trained, base, now("VmHWM") - before]))
 
 
 def lora(folder):
@@ -200,8 +201,7 @@ def lora(folder):
             for rank in (0, 16):
                 child = subprocess.run([sys.executable, __file__, "one-step", folder, str(rank), loss, dtype], capture_output=True, text=True)
                 assert child.returncode == 0, child.stderr[-3000:]
-                trained, everything, peak = json.loads(child.stdout.splitlines()[-1])
-                size = everything - (trained if rank else 0)
+                trained, size, peak = json.loads(child.stdout.splitlines()[-1])
                 print_row(loss, dtype, f"LoRA, rank {rank}" if rank else "all weights", f"{trained:,}", f"{peak / 1e9:.2f} GB", f"{peak / size:.1f} bytes")
 
 
