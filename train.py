@@ -83,7 +83,7 @@ class Config(SAPOConfig):
                          "authors' code", choices=("auto", "float32", "bfloat16"))
     shard: bool = setting(False, "FSDP2: weights, EMA, reference and optimizer state are divided among the processes")
     gradient_checkpointing: bool = setting(False, "recompute each block in the backward pass: less memory, more time")
-    save_every: int = setting(0, "steps between checkpoints; 0: only between the stages and at the end", low=0)
+    save_every: int = setting(100, "steps between checkpoints; 0: only between the stages and at the end", low=0)
     keep: int = setting(2, "checkpoints kept", low=1)
     eval_every: int = setting(0, "steps between evaluations; 0: only before and after", low=0)
     eval_rows: int = setting(200, "held-out rows used at most", low=1)
@@ -1273,7 +1273,7 @@ class Run:
                     rows = sorted({row for part in self.world.all(bad_rows) for row in part})
                     self.log.say(f"{name} step {number}: the gradient is not finite and changed nothing; loss not finite for data rows {rows[:16]}")
                     if self.bad >= self.cfg.max_bad_steps:
-                        raise Diverged(f"{self.bad} steps in a row had a gradient that is not finite; checkpoints in {self.out} are from before; "
+                        raise Diverged(f"{self.bad} steps in a row had a gradient that is not finite; what {self.out} holds is from before; "
                                        "look at the rows named above, or lower --lr")
                 stop = self.poll()
                 if (stop or number == steps or self.cfg.save_every and number % self.cfg.save_every == 0) and not self.bad:
