@@ -202,18 +202,24 @@ def make_pairs(state, examples, cfg):
         return [Pair(list(e.prompt), list(e.chosen), list(e.rejected), row=e.row) for e in examples]
     cuts = [split(e.chosen, cfg.segment, state.eos, state.cuts) for e in examples]                         # [2]
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
-    ban = cfg.eos_in_segment == "ban"
-    write = lambda prefixes, cuts: generate(state.writer, prefixes, [stop - start for start, stop in cuts], () if ban else state.eos,
-                                            cfg.temperature, cfg.top_k, cfg.top_p, state.sampler, state.vocab,
-                                            state.eos if ban else (), state.timed)
-    n, at_once = len(examples), cfg.write_rows
-    segments = [new for i in range(0, n, at_once) for new in write(prefixes[i:i + at_once], cuts[i:i + at_once])]              # [3]
+    segments = write_segments(state, prefixes, [stop - start for start, stop in cuts], cfg)                # [3]
     pairs = []
     for e, (start, stop), new in zip(examples, cuts, segments):
         ended = new[-1] in state.eos
         rejected = list(e.chosen[:start]) + new + ([] if ended else list(e.chosen[stop:]))                 # [4]
         pairs.append(Pair(list(e.prompt), list(e.chosen), rejected, start, stop, start + len(new), e.row))
     return pairs
+
+
+def write_segments(state, prefixes, budgets, cfg):
+    """[3]: B' after each x + A, at most its budget of tokens long. How many are written at once changes none of them."""
+    eos, banned = (state.eos, ()) if cfg.eos_in_segment == "stop" else ((), state.eos)
+    segments = []
+    for i in range(0, len(prefixes), cfg.write_rows):
+        some = slice(i, i + cfg.write_rows)
+        segments += generate(state.writer, prefixes[some], budgets[some], eos, cfg.temperature, cfg.top_k, cfg.top_p,
+                             state.sampler, state.vocab, banned, state.timed)
+    return segments
 
 
 def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
