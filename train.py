@@ -170,8 +170,9 @@ def checked(cfg):
             raise BadInput(f"{flag} is {value!r}; it must be of type {kind.__name__}")
         if value not in meta.get("choices", (value,)) or value != value:
             raise BadInput(f"{flag} is {value!r}; choose {' or '.join(meta.get('choices', ('a number',)))}")
-        if kind in (int, float) and not meta.get("low", 0) <= value <= meta.get("high", 2**40):
-            raise BadInput(f"{flag} is {value}; it must be from {meta.get('low', 0):g} to {meta.get('high', 2**40):g}")
+        low, high = meta.get("low", 0), meta.get("high", 10**12)
+        if kind in (int, float) and not low <= value <= high:
+            raise BadInput(f"{flag} is {value}; it must be at {f'least {low:g}' if value < low else f'most {high:g}'}")
     whole = r"[1-9]\d{0,8}"
     for name, pattern, what in (("segment", rf"{whole}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%", "a number of tokens, or a share such as 50%"),
                                 ("ema_every", rf"{whole}|epoch", "a number of steps, or epoch"),
