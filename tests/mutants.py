@@ -438,10 +438,11 @@ def run_tests(folder, *tests):
     """(exit code, output) of pytest on some tests in a folder; -1 where they ran too long.
 
     One thread; no plugins, which take a third of the time; no bytecode, because two versions of a file that have one
-    size and were written within a second are one to Python's cache.
+    size and were written within a second are one to Python's cache; plain asserts, because pytest's picture of how two
+    lists of thousands of numbers differ can take minutes.
     """
     more = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *dict.fromkeys(tests)]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *dict.fromkeys(tests)]
     try:
         done = subprocess.run(command, cwd=folder, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT * len(tests),
                               text=True, encoding="utf-8", errors="replace")
