@@ -6,6 +6,8 @@ no batch, no reduction. Every function keeps the dtype it is given, except that 
 Axes: B pairs, T tokens, D hidden size, V vocabulary, N labelled tokens.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -62,19 +64,20 @@ def log1mexp(x):
     return torch.where(near, from_expm1, from_log1p)
 
 
-def token_logps(hidden, weight, labels, chunk=0):
+def token_logps(hidden, weight, labels, chunk=0, keep=0):
     """Log-prob of each label under softmax(hidden @ weight.T), 0 where the label is IGNORE.
 
     hidden (B, T, D), weight (V, D), labels (B, T) int64, already where they are predicted: hidden[:, t] predicts
     labels[:, t]. Returns (B, T), float32 or wider. The head runs on labelled tokens only. With chunk > 0 it runs on
-    that many tokens at a time and again in the backward pass, so that (N, V) logits never exist at once.
+    that many tokens at a time, so that logits and their gradients never exist for all at once; and where more than
+    `keep` tokens have a label it runs again in the backward pass, which then needs no (N, V) log-softmax.
     """
     wanted = labels != IGNORE
     rows, targets = hidden[wanted], labels[wanted]                                     # (N, D), (N,)
     if chunk and len(rows) > chunk:
-        parts = [checkpoint(_label_logps, r, weight, t, use_reentrant=False, preserve_rng_state=False)
-                 for r, t in zip(rows.split(chunk), targets.split(chunk))]
-        logps = torch.cat(parts)
+        again = partial(checkpoint, _label_logps, use_reentrant=False, preserve_rng_state=False)
+        head = again if len(rows) > keep else _label_logps
+        logps = torch.cat([head(r, weight, t) for r, t in zip(rows.split(chunk), targets.split(chunk))])
     else:
         logps = _label_logps(rows, weight, targets)
     return logps.new_zeros(labels.shape).masked_scatter(wanted, logps)

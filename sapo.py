@@ -45,7 +45,8 @@ from buffer import Pair, ReplayBuffer
 from losses import IGNORE, dpo_loss, log_odds, orpo_loss, slic_loss, token_logps
 from model import generate, twin
 
-LOGITS = 2**25      # at most so many logits at once (128 MiB in float32); beyond, the head runs in recomputed chunks
+LOGITS = 2**25      # so many logits at a time (128 MiB in float32); where there are more, the head runs in chunks
+KEPT = 2**28        # so many are kept for the backward pass (1 GiB); where there are more, it computes them again
 
 
 def setting(default, help, source="ours", **more):
@@ -409,7 +410,7 @@ def collate(pairs, share=True, score_on="response", common=True, nll_on=None, si
 
 def token_scores(model, batch):
     """Log-prob of every label of a Batch: (R, T), float32 or wider, 0 where there is no label."""
-    head = lambda hidden, weight: token_logps(hidden, weight, batch.labels, max(1, LOGITS // weight.shape[0]))
+    head = lambda hidden, weight: token_logps(hidden, weight, batch.labels, *(max(1, n // weight.shape[0]) for n in (LOGITS, KEPT)))
     return model(batch.ids, positions=batch.positions, trunk=batch.trunk, head=head)
 
 

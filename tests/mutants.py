@@ -115,8 +115,8 @@ MUTANTS = [
 
     # ------------------------------------------------------------------------------------------------ model.py
     Mutant("rotary positions pair neighbours", "model.py",
-           "    first, second = x.chunk(2, -1)\n    return x * cos + torch.cat((-second, first), -1) * sin",
-           "    first, second = x[..., ::2], x[..., 1::2]\n    return x * cos + torch.stack((-second, first), -1).flatten(-2) * sin",
+           "x.roll(x.shape[-1] // 2, -1)",
+           "x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)",
            MODEL + "the_logits_are_those_of_transformers[llama]"),
     Mutant("RMSNorm takes the usual eps, not the checkpoint's", "model.py",
            "self.weight, self.eps = nn.Parameter(torch.ones(size)), eps",
@@ -179,8 +179,8 @@ MUTANTS = [
            "shared = {id(p): p for p in model.parameters()}",
            MODEL + "changes_to_the_policy_do_not_reach_its_twin"),
     Mutant("LoRA forgets its scale", "model.py",
-           "F.linear(x, self.weight, self.bias) + self.scale * change",
-           "F.linear(x, self.weight, self.bias) + change",
+           "return linear(x, self.weight, self.bias) + self.scale * change",
+           "return linear(x, self.weight, self.bias) + change",
            LORA + "an_adapter_adds_alpha_over_rank_times_B_A_x"),
     Mutant("LoRA's A trains as well", "model.py",
            "nn.Parameter(A.to(linear.weight.device), requires_grad=False)",

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import BadInput, ModelConfig, Transformer, add_lora, read_json
-from sapo import LOGITS
+from sapo import KEPT, LOGITS
 from train import PRESETS, Config
 
 MODES = ("ddp", "lora", "shard")
@@ -139,7 +139,7 @@ def kept(config, mode, job, pairs, P, S, labels):
     block = kept_by_block(config, P, S, wide, item, rank)
     blocks = config.num_hidden_layers * (T * D * wide if job.gradient_checkpointing else block)
     last = T * D * (4 + (not rank) * wide) + labels * D * wide           # the last norm, and the rows that have a label
-    if pairs * labels * config.vocab_size <= LOGITS:                     # else the head runs in chunks, and again
+    if pairs * labels * config.vocab_size <= KEPT:                       # else the head runs again in the backward pass
         last += labels * (4 * config.vocab_size + (D * item if wide != item else 0))
     return pairs * (blocks + last)
 

@@ -174,12 +174,12 @@ def gathered(hidden, weight, labels):
     return torch.where(labels == IGNORE, 0.0, logps)
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 4, 1000])
-def test_token_logps_are_the_log_softmax_at_the_labels(chunk):
+@pytest.mark.parametrize("chunk, keep", [(0, 0), (1, 0), (4, 0), (4, 1000), (1000, 0)])
+def test_token_logps_are_the_log_softmax_at_the_labels(chunk, keep):
     hidden, weight, labels, mix = some_tokens()
     expected = gathered(hidden, weight, labels)
     wanted = torch.autograd.grad((expected * mix).sum(), (hidden, weight))
-    result = token_logps(hidden, weight, labels, chunk)
+    result = token_logps(hidden, weight, labels, chunk, keep)
     got = torch.autograd.grad((result * mix).sum(), (hidden, weight))
     assert torch.allclose(result, expected, atol=1e-13, rtol=0)
     assert all(torch.allclose(a, b, atol=1e-12, rtol=0) for a, b in zip(got, wanted))
@@ -208,6 +208,9 @@ def test_chunks_are_small_and_computed_again_in_the_backward_pass(monkeypatch):
     forward, n = list(sizes), int((labels != IGNORE).sum())
     result.sum().backward()
     assert sum(forward) == n and max(forward) <= 4 and sum(sizes) == 2 * n
+    sizes.clear()
+    token_logps(hidden, weight, labels, chunk=4, keep=n).sum().backward()
+    assert sizes == forward, "few enough are kept"
 
 
 @pytest.mark.parametrize("chunk", [0, 2])

@@ -605,19 +605,42 @@ def test_a_prompt_of_one_token_may_stand_beside_a_longer_one():
 
 @torch.no_grad()
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_prefill_and_decoding_give_the_logits_of_the_whole_text(decoder):
+@pytest.mark.parametrize("dtype, apart", [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=["exact", "as large models in float32"])
+def test_prefill_and_decoding_give_the_logits_of_the_whole_text(decoder, dtype, apart, monkeypatch):
     """Rows of unequal length: row 0 begins with 4 tokens, row 1 with 7, and each goes on at its own place."""
-    model, texts, begun = small_model(**DECODERS[decoder]), random_texts([15, 15], seed=2), [4, 7]
+    model, texts, begun = small_model(dtype=dtype, **DECODERS[decoder]), random_texts([15, 15], seed=2), [4, 7]
     whole = model(torch.tensor(texts))
-    cache = KVCache(model.config, 2, 15, torch.float64, "cpu")
+    cache = KVCache(model.config, 2, 15, dtype, "cpu")
+    monkeypatch.setattr(code, "LARGE", 0)
     ids = torch.tensor([texts[0][:4] + [0] * 3, texts[1][:7]])
     prefill = model(ids, cache=cache)
-    assert all(torch.allclose(prefill[row, :n], whole[row, :n], atol=1e-10) for row, n in enumerate(begun))
+    assert all(torch.allclose(prefill[row, :n], whole[row, :n], atol=apart) for row, n in enumerate(begun))
     for step in range(8):
         at = [n + step for n in begun]
         cache.width = max(at) + 1
         logits = model(torch.tensor([[texts[row][p]] for row, p in enumerate(at)]), positions=torch.tensor(at)[:, None], cache=cache)
-        assert all(torch.allclose(logits[row, 0], whole[row, p], atol=1e-10) for row, p in enumerate(at))
+        assert all(torch.allclose(logits[row, 0], whole[row, p], atol=apart) for row, p in enumerate(at))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 256), (32, 1, 256), (2, 3, 5, 256)])
+def test_a_large_matrix_times_few_tokens_is_the_usual_product(shape, bias, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (torch.randn(size, generator=generator) for size in (shape, (528, 256), (528,)))
+    expected = F.linear(x.double(), weight.double(), shift.double() if bias else None)
+    monkeypatch.setattr(F, "linear", None)                   # it is not called
+    got = code.linear(x, weight, shift if bias else None)
+    assert got.shape == expected.shape and (got - expected).abs().max() < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("x, weight", [((33, 8), (16, 8)), ((2, 8), (24, 8))], ids=["many tokens", "rows that do not divide"])
+def test_any_other_product_is_the_usual_one_to_the_bit(x, weight, monkeypatch):
+    monkeypatch.setattr(code, "LARGE", 0)
+    x, weight = torch.randn(x), torch.randn(weight)
+    assert torch.equal(code.linear(x, weight), F.linear(x, weight))
+    x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(16, 8)
+    assert torch.equal(code.linear(x, weight), F.linear(x, weight)), "where something trains"
 
 
 def test_the_end_token_is_written_and_nothing_after_it():
