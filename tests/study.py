@@ -5,7 +5,7 @@
     python tests/study.py --relatives   the table of arms, as the README has it
 
 Every arm is `python train.py` with the flags of its row below, from the same base (one a seed), for the same steps on
-the same prompts. Each arm's learning rate is the best of its loss's three on the validation rows (mean of the judge's three
+the same prompts. Each arm's learning rate is the best of its loss's four on the validation rows (mean of the judge's three
 scores, the first seed); what is reported is measured on the test rows, as mean and 95 % t-interval over seeds. Writes
 study.json, study.png, ablations.png and pairs.png into --figures, and the tables, as Markdown, to the screen.
 
@@ -61,7 +61,7 @@ WORDS = {
     "on-policy": "none of the three: the policy writes all of y-", "SPIN": "a copy of the policy, one epoch old at most, writes and is the reference",
     "SPIN with EMA and buffer": "the copy is an average, and old pairs come again", "offline DPO": "y- is the data's; the reference is the base",
     "offline ORPO": "y- is the data's", "SFT": "ORPO without its second term; y- is not looked at"}
-RATES = {"dpo": (1e-4, 3e-4, 1e-3), "slic": (1e-4, 3e-4, 1e-3), "orpo": (3e-4, 1e-3, 3e-3)}     # around the best of a first trial
+RATES = {"dpo": (3e-5, 1e-4, 3e-4, 1e-3), "slic": (1e-4, 3e-4, 1e-3, 3e-3), "orpo": (1e-4, 3e-4, 1e-3, 3e-3)}     # around the best of a first trial
 ABLATIONS = {       # of SAPO-DPO, at its learning rate: {what: {value: flags}}; no flags: SAPO-DPO itself
     "alpha": {"0": "--alpha 0", "0.5": "", "0.9": "--alpha 0.9", "0.99": "--alpha 0.99"},
     "EMA every ... steps": {"1": "--ema-every 1", "2": "", "8": "--ema-every 8"},

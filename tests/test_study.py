@@ -75,7 +75,7 @@ def test_values_without_flags_are_the_presets():
 
 def test_every_arm_has_its_words_and_its_rates():
     assert set(study.WORDS) == set(study.RELATIVES) and {a for pair in study.CLAIMS.values() for a in pair} <= set(study.RELATIVES)
-    assert all(len(study.RATES[study.loss_of(flags)]) == 3 for flags in study.RELATIVES.values())
+    assert all(len(study.RATES[study.loss_of(flags)]) == 4 for flags in study.RELATIVES.values())
 
 
 def test_the_readme_has_the_table_of_arms():
