@@ -49,6 +49,8 @@ RELATIVES = {       # arm: what it changes in the tiny preset (segment 12, alpha
     "segment only": f"--alpha 0 --ema-every 1 --buffer-size {BATCH}",
     "full response": "--segment 100%",
     "on-policy": f"--segment 100% --alpha 0 --ema-every 1 --buffer-size {BATCH}",
+    "full response ORPO": "--loss orpo --segment 100%",
+    "on-policy ORPO": f"--loss orpo --segment 100% --alpha 0 --ema-every 1 --buffer-size {BATCH}",
     "SPIN": f"--segment 100% --alpha 0 --ema-every epoch --ref-refresh epoch --buffer-size {BATCH}",
     "SPIN with EMA and buffer": "--segment 100% --ema-every epoch --ref-refresh epoch",
     "offline DPO": f"--rejected data --ref-refresh never --buffer-size {BATCH}",
@@ -58,7 +60,8 @@ RELATIVES = {       # arm: what it changes in the tiny preset (segment 12, alpha
 WORDS = {
     "SAPO-DPO": "the paper's", "SAPO-ORPO": "the paper's", "SAPO-SLiC": "SAPO's pairs, SLiC-HF's hinge", "EMA only": "SAPO without the buffer",
     "buffer only": "SAPO without the EMA: the policy writes", "segment only": "SAPO without either", "full response": "EMA and buffer, B is all of y+",
-    "on-policy": "none of the three: the policy writes all of y-", "SPIN": "a copy of the policy, one epoch old at most, writes and is the reference",
+    "on-policy": "none of the three: the policy writes all of y-", "full response ORPO": "the same with ORPO, as in the paper's ablation",
+    "on-policy ORPO": "the same with ORPO, as in the paper's ablation", "SPIN": "a copy of the policy, one epoch old at most, writes and is the reference",
     "SPIN with EMA and buffer": "the copy is an average, and old pairs come again", "offline DPO": "y- is the data's; the reference is the base",
     "offline ORPO": "y- is the data's", "SFT": "ORPO without its second term; y- is not looked at"}
 RATES = {"dpo": (3e-5, 1e-4, 3e-4, 1e-3), "slic": (1e-4, 3e-4, 1e-3, 3e-3), "orpo": (1e-4, 3e-4, 1e-3, 3e-3)}     # around the best of a first trial
@@ -75,7 +78,8 @@ ABLATIONS = {       # of SAPO-DPO, at its learning rate: {what: {value: flags}};
 }
 CLAIMS = {          # what the paper says: (better, than)
     "SAPO over SPIN": ("SAPO-DPO", "SPIN"), "SAPO over offline DPO": ("SAPO-DPO", "offline DPO"), "SAPO over offline ORPO": ("SAPO-ORPO", "offline ORPO"),
-    "EMA and buffer over on-policy": ("full response", "on-policy"), "a segment over the full response": ("SAPO-DPO", "full response"),
+    "EMA and buffer over on-policy": ("full response", "on-policy"), "the same, ORPO": ("full response ORPO", "on-policy ORPO"),
+    "a segment over the full response": ("SAPO-DPO", "full response"), "that too, ORPO": ("SAPO-ORPO", "full response ORPO"),
     "(ours) SAPO over SFT": ("SAPO-ORPO", "SFT"), "(ours) DPO's SAPO over SFT": ("SAPO-DPO", "SFT")}
 JUDGE = ("judge, greedy", "judge, sampled", "judge, temperature 1")
 COLUMNS = {         # of the table: (head, digits)
