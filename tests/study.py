@@ -7,7 +7,7 @@
 Every arm is `python train.py` with the flags of its row below, from the same base (one a seed), for the same steps on
 the same prompts. Each arm's learning rate is the best of its loss's four on the validation rows (mean of the judge's three
 scores, the first seed); what is reported is measured on the test rows, as mean and 95 % t-interval over seeds. Writes
-study.json, study.png, ablations.png and pairs.png into --figures, and the tables, as Markdown, to the screen.
+study.json, study.png, ablations.png and pairs.png into --figures, and the tables, as Markdown, to study.md and the screen.
 
 Each run is a process of its own, on one thread, --jobs at a time; its folder is named after its flags. Left out: memory
 by stage (tests/bench.py has it), real checkpoints.
@@ -468,7 +468,9 @@ def main(argv=None):
     figures.mkdir(parents=True, exist_ok=True)
     write_json(figures / "study.json", results)
     draw(results, lines, figures)
-    print(f"\n{report(results, study.out)}\n\n{(time.monotonic() - study.began) / 60:.0f} minutes; study.json and the pictures are in {figures}")
+    tables = report(results, study.out)
+    (figures / "study.md").write_text(f"What `python tests/study.py` prints.\n\n{tables}\n", "utf-8")
+    print(f"\n{tables}\n\n{(time.monotonic() - study.began) / 60:.0f} minutes; study.md, study.json and the pictures are in {figures}")
     return 0
 
 

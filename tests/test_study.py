@@ -224,7 +224,7 @@ def test_a_micro_study_runs_and_goes_on_without_repeating(tmp_path, capsys):
     assert study.main([*MICRO, *where]) == 0
     written, first = capsys.readouterr().out, json.loads((tmp_path / "figures/study.json").read_text("utf-8"))
     assert written.count("0 of them done before") == 2 and "| untouched base | - |" in written and "| SFT | 0.0001 |" in written
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"study.json", "study.png", "pairs.png"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"study.json", "study.md", "study.png", "pairs.png"}
     for row in [a["test"][0] for a in first["arms"].values()]:
         assert set(study.COLUMNS) == set(row) and all(np.isfinite(v) for v in row.values())
     assert first["arms"]["SAPO-DPO"]["stages"]["writing"] > 0 == first["arms"]["SFT"]["stages"]["writing"]
