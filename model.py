@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -685,11 +685,7 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=Non
 
     weights: {name: tensor} of plain_weights(model), where they were gathered already.
     """
-    folder = Path(folder)
     weights = dict(weights or plain_weights(model))
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     shards, size = [[]], 0
     for name, tensor in weights.items():
         size += tensor.numel() * dtype.itemsize
@@ -698,45 +694,56 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=Non
             size = tensor.numel() * dtype.itemsize
         shards[-1].append(name)
     weight_map = {}
-    for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        part = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(part, temporary / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = sum(w.numel() for w in weights.values()) * dtype.itemsize
-        write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(temporary / "config.json", model.config.to_dict(dtype))
-    for name, content in (files or {}).items():
-        (temporary / name).write_bytes(content)
-    replace_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        for i, names in enumerate(shards):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            part = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
+            save_file(part, temporary / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(names, file))
+        if len(shards) > 1:
+            total = sum(w.numel() for w in weights.values()) * dtype.itemsize
+            write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(temporary / "config.json", model.config.to_dict(dtype))
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 def save_adapter(model, folder, base):
     """Write the LoRA factors as a folder that `peft` loads onto `base`, a folder or hub name."""
-    temporary = Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     adapters = {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
-    save_file({f"base_model.model.{name}.{leaf}.weight": getattr(m, leaf).detach().float().cpu().contiguous()
-               for name, m in adapters.items() for leaf in ("lora_A", "lora_B")}, temporary / "adapter_model.safetensors", {"format": "pt"})
+    factors = {f"base_model.model.{name}.{leaf}.weight": getattr(m, leaf).detach().float().cpu().contiguous()
+               for name, m in adapters.items() for leaf in ("lora_A", "lora_B")}
     rank, scale = next((m.lora_A.shape[0], m.scale) for m in adapters.values())
-    write_json(temporary / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapters}), "lora_dropout": 0.0, "bias": "none", "inference_mode": True})
-    replace_folder(temporary, folder)
+    with new_folder(folder) as temporary:
+        save_file(factors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        write_json(temporary / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": scale * rank,
+            "target_modules": sorted({name.rpartition(".")[2] for name in adapters}), "lora_dropout": 0.0, "bias": "none", "inference_mode": True})
 
 
-def replace_folder(temporary, folder):
-    """Give a finished temporary folder its final name, once the disk holds it; what had that name goes away after, never before."""
-    folder, old = Path(folder), Path(folder).with_name(f".{Path(folder).name}.{os.getpid()}.old")
-    for path in [*Path(temporary).rglob("*"), temporary]:
-        flush(path)
-    if folder.exists():
-        folder.rename(old)
-    Path(temporary).rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+@contextmanager
+def new_folder(folder):
+    """A temporary folder to write into, which gets the name `folder` at the end, once the disk holds it: whole or not there.
+
+    What had that name goes away after, never before. What fails on the way is deleted: a full disk needs the room.
+    """
+    folder = Path(folder)
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def flush(path):

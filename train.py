@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from buffer import Pair, ReplayBuffer, pack, unpack
 from model import (PROJECTIONS, BadInput, ModelConfig, Transformer, add_lora, blank, check_weights, companions, flush, generate,
-                   load_pretrained, plain_weights, read_json, read_weights, replace_folder, save_adapter, save_pretrained,
+                   load_pretrained, new_folder, plain_weights, read_json, read_weights, save_adapter, save_pretrained,
                    saved_dtype, twin, write_json)
 from sapo import Example, SAPOConfig, State, collate, copy_parameters, make_pairs, period, sapo_step, score, setting, token_scores
 
@@ -292,7 +293,10 @@ class Text:
             self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
             self.tokenizer.no_padding()
             self.tokenizer.no_truncation()
-        except Exception as error:                       # the library raises bare Exception
+            self.tokenizer.encode("Some words", add_special_tokens=True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:                   # the library raises bare Exception, and where its Rust panics not even that
             raise BadInput(f"{folder}/tokenizer.json: not a tokenizer ({str(error)[:120]})") from None
         settings, generation = (json_or_nothing(files.get(n), f"{folder}/{n}") for n in ("tokenizer_config.json", "generation_config.json"))
         names = {k: settings.get(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
@@ -904,23 +908,16 @@ def write_checkpoint(folder, parts, keep, world):
 
     All processes walk through `parts`, as divided tensors are gathered on the way; rank 0 writes.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        if world.first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+    with new_folder(folder) if world.first else contextlib.nullcontext() as temporary:
         for name, value in parts:
             if world.first:
                 to_disk(value, temporary / name)
         if world.first:
             write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in sorted(temporary.iterdir())})
-            replace_folder(temporary, folder)
-            flush(folder.parent.parent)
-            for old in sorted(p for p in folder.parent.glob("step-*") if p.name <= folder.name)[:-keep]:     # a later one is torn, and does not count
-                shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)     # a full disk needs the room
-        raise
+    if world.first:
+        flush(folder.parent.parent)
+        for old in sorted(p for p in folder.parent.glob("step-*") if p.name <= folder.name)[:-keep]:         # a later one is torn, and does not count
+            shutil.rmtree(old, ignore_errors=True)
     world.all(None)
 
 
@@ -944,6 +941,21 @@ def newest_checkpoint(out):
             print(f"warning: passing over {folder}: {error}", file=sys.stderr)
     if folders:
         raise BadInput(f"{out / 'checkpoint'}: none of the checkpoints is whole; put one back, or delete this folder to begin again")
+
+
+def lock(out):
+    """Take a run folder for this process, until the file that this returns is closed; refused while another process has it."""
+    with contextlib.suppress(ImportError):               # not on Windows
+        import fcntl
+        file = open(out / "config.json", "rb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise BadInput(f"{out}: another process is writing this run; wait for it, or stop it first") from None
+        except OSError:                                  # a file system without locks
+            pass
+        return file
 
 
 def clear_up(out):
@@ -982,6 +994,7 @@ class Run:
         self.cfg, self.preset, self.resume, self.world, self.out = cfg, preset, resume, world, Path(cfg.out)
         self.began, self.asked, self.bad, self.sft_step, self.state = time.monotonic(), None, 0, 0, None
         self.table, self.before, self.after, self.evaluated, self.spent, self.saved = {}, [], {}, None, {}, None
+        self.again, self.lock = f"python train.py --resume {self.out}", None
         for name in ("batch_size", "sft_batch_size"):
             if getattr(cfg, name) % world.size:
                 raise BadInput(f"{flag_of(name)} {getattr(cfg, name)} cannot be shared evenly by {world.size} processes")
@@ -1057,6 +1070,8 @@ class Run:
                 raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with --overwrite; choose another name")
             if not self.cfg.overwrite:
                 raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it with --overwrite")
+            if held := lock(out):
+                held.close()
             for name in ("model", "data", "eval_data", "sft_data", "chat_template"):
                 path = getattr(self.cfg, name)
                 if path and Path(path).resolve().is_relative_to(out.resolve()):
@@ -1069,14 +1084,19 @@ class Run:
             raise BadInput(f"--out {out}: the checkpoints and models of this run take up to {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
                            "free some, lower --keep, or choose another place")
 
+    def take(self):
+        """Make the run folder, or clear up an old one, and hold it."""
+        if not self.resume:
+            self.record()
+        self.lock = lock(self.out)
+        clear_up(self.out)
+
     def record(self):
         """The run folder with config.json (every setting, resolved, and what it was run with) and source/, whole or not there."""
         import importlib.metadata as metadata
         libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
-        temporary = self.out.with_name(f".{self.out.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            (temporary / "source").mkdir(parents=True)
+        with new_folder(self.out) as temporary:
+            (temporary / "source").mkdir()
             for name, content in self.files.items():
                 (temporary / "source" / name).write_bytes(content)
             write_json(temporary / "source" / "config.json", self.config.to_dict(self.dtype))
@@ -1085,10 +1105,6 @@ class Run:
                 "model_commit": self.commit, "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos),
                 "data": [d.note for d in (self.data, self.held_data, self.sft_data)],
                 "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in libraries}}})
-            replace_folder(temporary, self.out)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
     # -- models
 
@@ -1183,7 +1199,9 @@ class Run:
     def foundations(self):
         """{name: checksum} of what a run stands on and never writes. Were one of these another on resume, so were the run."""
         names = ["config.json", *sorted(f"source/{p.name}" for p in (self.out / "source").iterdir())] if self.world.first else []
-        return self.world.all({name: checksum(self.out / name) for name in names})[0] | self.fingerprint()
+        base = sorted(self.base.glob("*.safetensors")) if self.cfg.lora else []        # a checkpoint of adapters does not hold it
+        return self.world.all({name: checksum(self.out / name) for name in names})[0] | self.fingerprint() | ({
+            "model": [[path.name, path.stat().st_size, checksum(path, 2**24)] for path in base]} if base else {})
 
     def save(self):
         began = time.monotonic()
@@ -1247,7 +1265,7 @@ class Run:
     def poll_or_stop(self):
         if self.poll():
             self.save()
-            raise Stopped(f"stopped and saved; go on with: python train.py --resume {self.out}")
+            raise Stopped(f"stopped and saved; go on with: {self.again}")
 
     def spend(self, stage, began):
         self.spent[stage] = self.spent.get(stage, 0.0) + time.monotonic() - began
@@ -1281,7 +1299,7 @@ class Run:
                     self.save()
                 if stop:
                     how = "and saved; go on" if not self.bad else "whose gradient was not finite; go on from the checkpoint before"
-                    raise Stopped(f"stopped after {name} step {number}{', ' if self.bad else ' '}{how} with: python train.py --resume {self.out}")
+                    raise Stopped(f"stopped after {name} step {number}{', ' if self.bad else ' '}{how} with: {self.again}")
 
     def warm_up(self):
         cfg, log = self.cfg, self.log
@@ -1382,10 +1400,7 @@ class Run:
 
     def train(self):
         cfg, world = self.cfg, self.world
-        if world.first and not self.resume:
-            self.record()
-        elif world.first:
-            clear_up(self.out)
+        world.together(lambda: world.first and self.take())
         self.log = Log(self.out, world.first)
         for note in dict.fromkeys(d.note for d in (self.sft_data, self.data, self.held_data)):
             self.log.say(note)
@@ -1493,6 +1508,8 @@ def main(argv=None):
         world.place(cfg.device)
         cfg.out = world.all(cfg.out or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")[0]
         run = Run(cfg, preset, resume, world)
+        if resume:                   # with what was changed
+            run.again = "python train.py " + shlex.join(sys.argv[1:] if argv is None else argv)
 
         def ask(signum, frame):
             if run.asked == signal.SIGINT == signum:
@@ -1513,7 +1530,7 @@ def main(argv=None):
         return 3
     except (OSError, SafetensorError) as error:
         shared = False
-        say("error: ", f"{error}; " + (f"what was saved before is whole: python train.py --resume {run.out}" if run and run.out.exists() else "nothing was written"), True)
+        say("error: ", f"{error}; " + (f"what was saved before is whole: {run.again}" if run and run.out.exists() else "nothing was written"), True)
         return 1
     except KeyboardInterrupt:
         shared = False
@@ -1523,6 +1540,8 @@ def main(argv=None):
         shared = False
         raise
     finally:
+        if run and run.lock:
+            run.lock.close()
         if world and shared:         # NCCL's farewell waits for all; torchrun ends the others when one has left
             world.close()
 

@@ -231,6 +231,16 @@ def test_padding_and_truncation_in_tokenizer_json_are_switched_off():
     assert tiny_text(**{"tokenizer.json": tokenizer.to_str().encode()}).encode(rows) == tiny_text().encode(rows)
 
 
+@pytest.mark.parametrize("part", [{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, {"post_processor": {
+    "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "none", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {}}}], ids=["when it is read", "when it encodes"])
+def test_a_tokenizer_in_whose_library_something_breaks_is_refused(part):
+    """Both panic in Rust, which is no Exception to Python."""
+    broken = json.loads(companions(TINY)["tokenizer.json"]) | part
+    with pytest.raises(BadInput, match="not a tokenizer"):
+        tiny_text(**{"tokenizer.json": json.dumps(broken).encode()})
+
+
 def test_the_fingerprint_follows_every_token_and_every_border():
     def of(*rows):
         rows = [Row(dict(zip(("prompt", "chosen", "rejected", "judge"), row)), "") for row in rows]

@@ -468,6 +468,31 @@ def test_other_data_are_refused_on_resume(world, tmp_path, flag):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+def test_another_base_under_an_adapter_is_refused_on_resume(whole, world, tmp_path):
+    base = shutil.copytree(whole / "model", tmp_path / "base")
+    run(tmp_path / "run", *tuned(world, base, "--lora", 2), hook=stop_at("sapo_step", 2))
+    save_pretrained(randomise(load_pretrained(base), 5), base, torch.float32)
+    shutil.copytree(whole / "model", base, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert f"error: {base}: not what it was when the checkpoint was written" in resume(tmp_path / "run", code=2)
+
+
+def test_a_run_that_another_process_is_writing_is_left_alone(world, copy):
+    fcntl = pytest.importorskip("fcntl")
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    with open(copy / "config.json") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process is writing this run" in resume(copy, code=2)
+        assert "another process is writing this run" in run(copy, *world, "--overwrite", code=2)
+    assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    resume(copy)
+
+
+def test_the_line_that_says_how_to_go_on_has_what_was_changed(world, tmp_path):
+    run(tmp_path / "run", *world, hook=stop_at("sapo_step", 1))
+    printed = resume(tmp_path / "run", "--steps", 10, hook=stop_at("sapo_step", 1))
+    assert f"go on with: python train.py --resume {tmp_path / 'run'} --steps 10\n" in printed
+
+
 def test_biases_that_only_the_weights_name_survive_a_resume(whole, world, tmp_path):
     """Some checkpoints of the Llama family have biases, and a config that does not say so."""
     base = load_pretrained(whole / "model")
