@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT, oracle, small_model
 
 import mutants
+import real
 import sapo
 import study
 import train
+from model import Transformer, companions, read_config, save_pretrained
 from sapo import Example, State, sapo_step
 
 EOS, ROWS, BATCH = 2, 12, 4
@@ -244,3 +246,24 @@ def test_a_run_that_fails_ends_the_study_with_its_log(tmp_path, capsys):
     assert study.main([*MICRO, "--out", str(tmp_path / "runs"), "--figures", str(tmp_path), "--sft-steps", "0"]) == 1
     said = capsys.readouterr()
     assert "base-0-seed-1 ended with code 2" in said.err and "warm-up" in said.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paired", [True, False], ids=["with rejected", "without"])
+def test_the_relatives_run_on_a_checkpoint(tmp_path, capsys, paired):
+    config = read_config(train.TINY / "tiny_model")
+    files = companions(train.TINY / "tiny_model")
+    save_pretrained(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tmp_path / "model", torch.float32, files)
+    for name, source, rows in (("train", "train", 20), ("held", "test", 5)):
+        lines = [json.loads(line) for line in (train.TINY / f"tiny_{source}.jsonl").read_text("utf-8").splitlines()[:rows]]
+        kept = [{k: v for k, v in line.items() if k in ("prompt", "chosen") or paired and k == "rejected"} for line in lines]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    where = ["--model", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "held.jsonl", "--out", tmp_path / "out"]
+    argv = [*map(str, where), *"--steps 1 --max-length 128 --dtype float32 --tokens 4 --samples 1".split()]
+    assert real.main([*argv, "--arms", "SFT,SAPO-DPO"] if paired else argv) == 0
+    printed = capsys.readouterr().out
+    table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
+    arms = ["start"] + (["SFT", "SAPO-DPO"] if paired else [arm for arm in real.ARMS if "offline" not in arm])
+    assert [row[0].removeprefix("| ") for row in table] == arms and "y+ " in printed
+    assert len({row[2] for row in table}) > 1, "something was learnt"
+    assert all(float(row[5]) <= 4 for row in table)
