@@ -22,7 +22,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
     chosen, rejected: (B,) log-probs *summed* over response tokens, of the policy; ref_*: the same of the reference.
     Returns (loss, chosen_rewards, rejected_rewards), each (B,); rewards are beta * log(pi / ref), in nats.
-    Tokens that both responses share cancel, so both sums may leave them out.
+    The beginning that both responses share cancels, so both sums may leave it out. A common ending (C) does not: it
+    stands after other tokens.
     """
     chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 SHARD_BYTES = 5 * 10**9
-LARGE = 2**17                                            # numbers of a matrix that a CPU's caches hold no longer
+LARGE = 2**17                                            # numbers of a matrix from which on `linear` takes its other product
 
 
 class BadInput(ValueError):
@@ -190,8 +190,8 @@ class RMSNorm(nn.Module):
 def linear(x, weight, bias=None):
     """F.linear, x (..., columns) -> (..., rows), with another product where a CPU decodes: few tokens, a large matrix.
 
-    The usual one packs the whole matrix anew in each call, and on few cores at a time. A batched product of 16 of its
-    rows at a time makes the same sums in half the time.
+    The usual one packs the whole matrix anew in each call, and leaves cores idle. A batched product of 16 of its rows at
+    a time makes the same sums, rounding aside; on two cores in half the time (tests/bench.py generate).
     """
     few = x.numel() // x.shape[-1] <= 32 and weight.numel() >= LARGE and weight.shape[0] % 16 == 0
     if not few or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
@@ -480,8 +480,8 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     generator: a CPU torch.Generator that owns the draws (not needed when temperature is 0). vocab: ids from here on are
     never sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never sampled.
     timed: a context manager around the stages "prefill" and "decode".
-    Returns a list of lists. All uniforms are drawn first, row after row, so a row's text does not depend on its
-    batch: many rows at once give what one row at a time gives.
+    Returns a list of lists. All uniforms are drawn first, row after row, so a row's text does not depend on its batch,
+    rounding aside: many rows at once give what one row at a time gives.
     """
     if not all(map(len, prompts)):
         raise ValueError("generate needs at least one token in each prompt (the BOS token of an empty text)")
@@ -725,7 +725,7 @@ def save_adapter(model, folder, base):
 def new_folder(folder):
     """A temporary folder to write into, which gets the name `folder` at the end, once the disk holds it: whole or not there.
 
-    What had that name goes away after, never before. What fails on the way is deleted: a full disk needs the room.
+    What had that name is moved aside just before, and deleted after. What fails on the way is deleted: a full disk needs the room.
     """
     folder = Path(folder)
     temporary, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))

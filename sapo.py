@@ -1,4 +1,4 @@
-"""Self-Augmented Preference Optimization (Yin et al., arXiv 2405.20830), Algorithm 1 and nothing else.
+"""Self-Augmented Preference Optimization (Yin et al., arXiv 2405.20830), its Algorithm 1 in nine numbers of our own.
 
     [1] draw a mini-batch of (x, y+) from D               [6] draw a mini-batch of triples from the buffer
     [2] cut y+ at a random place into A + B + C           [7] loss <- DPO or ORPO on (x, y+, y-)
@@ -21,12 +21,13 @@
 y+ and y- begin with the same x + A. So a pair is scored as one row, [trunk | chosen | rejected]: the trunk x + A goes
 through the model once and both endings look back at it. What makes the method cheap is the method's own idea, the segment.
 
-Left out: files, flags, printing, processes, devices' quirks, the learning rate's schedule. All that is train.py's. In a notebook:
+Left out: files, flags, printing, processes, devices' quirks, the learning rate's schedule. All that is train.py's. With
+random, model's load_pretrained and this file's names imported, a run is five lines. In a notebook:
 
     model = load_pretrained("folder")
     data = [Example(prompt=[1, 5, 7], chosen=[8, 9, 4, 2]), ...]
-    cfg = SAPOConfig(batch_size=8)
-    state = State.start(model, cfg, eos=[2], lr=1e-6)
+    cfg = SAPOConfig(batch_size=8)                       # data: at least 16 rows, as two batches are written at once
+    state = State.start(model, cfg, eos=[2], lr=1e-6, steps_per_epoch=len(data) // 8)
     for _ in range(100): print(sapo_step(state, lambda n: random.sample(data, n), cfg)["loss"])
 
 Axes: n pairs, R rows, T tokens, P trunk, S branch.
@@ -56,10 +57,10 @@ def setting(default, help, source="ours", **more):
 
 @dataclass
 class SAPOConfig:
-    """Every choice of the method, each a field with its source. Defaults are the paper's, for DPO."""
+    """Every choice of the method, each a field with its source. Defaults are SAPO-DPO's: the paper's, else the authors' code's, else ours."""
     loss: str = setting("dpo", "preference loss; slic: SLiC-HF, to show that the pairs serve any pairwise loss", "paper; slic: ours",
                         choices=("dpo", "orpo", "slic"))
-    beta: float = setting(0.1, "DPO: strength of the pull to the reference", "paper", low=1e-12)
+    beta: float = setting(0.1, "DPO: strength of the pull to the reference", "authors' code", low=1e-12)
     lam: float = setting(0.05, "ORPO: weight of the odds-ratio term; SLiC: weight of the NLL", "authors' code", low=0)
     delta: float = setting(1.0, "SLiC: the margin, in nats, beyond which a pair costs nothing", "SLiC-HF", low=0)
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
@@ -106,7 +107,7 @@ class State:
     sampler: torch.Generator                # what B' says
     eos: tuple                              # ids that end an answer
     vocab: int | None = None                # ids from here on are never sampled
-    steps_per_epoch: int = 0                # for 'epoch' in ema_every and ref_refresh
+    steps_per_epoch: int = 0                # for 'epoch' in ema_every and ref_refresh; 0: unknown, and the reference stays
     keep_ref: bool = True                   # store the reference's log-probs with the pair
     written: deque = field(default_factory=deque)   # pairs written ahead, not yet in the buffer
     step: int = 0
@@ -117,6 +118,8 @@ class State:
     @classmethod
     def start(cls, policy, cfg, eos, seed=0, lr=1e-6, optimizer=None, **more):
         """Before the first step: theta_ema = pi_ref = theta, an empty buffer, generators seeded with `seed`."""
+        if cfg.ema_every == "epoch" and not more.get("steps_per_epoch"):
+            raise ValueError("ema_every 'epoch' needs steps_per_epoch")
         ema = twin(policy)
         return cls(policy, ema, ema, twin(policy) if cfg.loss == "dpo" else None,
                    optimizer or torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0),
@@ -149,8 +152,9 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     state.times = {}
 
     # Sampling: the EMA model rewrites a segment of each chosen response.
-    # It stands still until its next update, so the segments of all steps until then may be written together: every
-    # draw has a generator of its own, and each text comes out as it would one batch at a time.
+    # It stands still until its next update, so the segments of all steps until then may be written together: rows, cuts,
+    # texts and draws from the buffer have a generator each, texts take its numbers row after row, and so each comes out,
+    # rounding aside, as it would one batch at a time.
     if not state.written:
         batches = min(steps_until(cfg.ema_every, state), cfg.write_ahead)
         with state.timed("data"):
@@ -177,6 +181,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
             metrics["ema/distance"] = ema_update(state.ema, state.policy, cfg.alpha)   # [9]
         state.ema_version += 1
 
+    # DPO only, and none of the nine: now and then the reference becomes the EMA
     if state.reference is not None and period(cfg.ref_refresh, state) and state.step % period(cfg.ref_refresh, state) == 0:
         copy_parameters(state.reference, state.ema if cfg.ref_from == "ema" else state.policy)
         state.ref_version += 1
@@ -213,7 +218,7 @@ def make_pairs(state, examples, cfg):
 
 
 def write_segments(state, prefixes, budgets, cfg):
-    """[3]: B' after each x + A, at most its budget of tokens long. How many are written at once changes none of them."""
+    """[3]: B' after each x + A, at most its budget of tokens long. How many are written at once changes none, rounding aside."""
     eos, banned = (state.eos, ()) if cfg.eos_in_segment == "stop" else ((), state.eos)
     segments = []
     for i in range(0, len(prefixes), cfg.write_rows):
@@ -251,9 +256,9 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
 def preference_loss(policy, batch, cfg, reference=None):
     """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: the reference's (chosen, rejected), for DPO.
 
-    DPO and SLiC take sums of log-probs, ORPO means. This is the only place that asks which loss it is.
-    Two metrics are this method's own: log p(C after A B) - log p(C after A B'), the seam, and what of the gap
-    log p(y+) - log p(y-) is not the seam's, that of B against B'.
+    DPO and SLiC take sums of log-probs, ORPO means; `scored_tokens` says of which tokens.
+    Two metrics are this method's own: log p(C after A B) - log p(C after A B'), the seam, 0 where y- has no C, and the
+    rest of the gap log p(y+) - log p(y-): B against B' (B and C against a B' that ended the answer).
     """
     logps = token_scores(policy, batch)
     chosen, rejected = fold(logps * batch.scored, batch)
@@ -265,7 +270,7 @@ def preference_loss(policy, batch, cfg, reference=None):
         nll = -fold(logps, batch)[0] / batch.lengths[:, 2]
         chosen, rejected = chosen / batch.lengths[:, 0], rejected / batch.lengths[:, 1]
         loss, chosen_rewards, rejected_rewards = orpo_loss(nll, chosen, rejected, cfg.lam)
-        ratio = (log_odds(chosen) - log_odds(rejected)).detach()
+        ratio = (log_odds(chosen) - log_odds(rejected)).detach()                       # TRL's log_odds_chosen
         extra = {"nll_loss": nll, "log_odds_ratio": torch.nn.functional.logsigmoid(ratio), "log_odds_chosen": ratio}
     elif cfg.loss == "slic":
         nll = -fold(logps, batch)[0]
@@ -354,7 +359,7 @@ class Batch(NamedTuple):
 
 
 def scored_tokens(cfg):
-    """What collate must label for a loss: sums may leave out x + A, which cancels; ORPO's means need all of y."""
+    """What collate must label for a loss: sums may leave out the common beginning, which cancels; ORPO's means need all of y."""
     return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": None if cfg.loss == "dpo" else cfg.nll_on}
 
 

@@ -2,9 +2,10 @@
 
     python tests/real.py --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [--steps 30] [--arms "SFT,SAPO-DPO"]
 
-Every arm is `python train.py` with the flags that this prints, on the same prompts for the same steps at the same learning
-rate, one process on one thread each, --jobs at a time; a run that is there already is not run again. Then all models are
-measured alike, in float32, on the held-out rows. Prints Markdown: held-out NLL a token; the share of rows on which y+ has
+Every arm is `python train.py` with COMMON and its own flags of the table, on the same prompts for the same steps at the same
+learning rate, one process on one thread each, --jobs at a time; an arm that is in --out already is not run again, so take
+another --out for other settings. In fewer steps than an epoch, "every epoch" is never. Then all models, as saved, are
+measured alike, computing in float32, on the held-out rows. Prints Markdown: held-out NLL a token; the share of rows on which y+ has
 the higher mean log-prob than the data's `rejected`, where there is one, and than the starting model's own greedy answer;
 the length of greedy answers in tokens; some of them side by side. Left out: seeds, intervals and tuning, which
 tests/study.py has; so a difference here is one observation.
@@ -42,11 +43,14 @@ COMMON = (f"--device cpu --batch-size {BATCH} --micro-batch 4 --optimizer adamw 
           "--eval-rows 1 --samples 0")
 
 
+def own_flags(arm, paired):
+    """Where the data have no `rejected`, SFT writes segments that lambda 0 then ignores."""
+    return ARMS[arm] if paired or arm != "SFT" else ARMS[arm].replace("--rejected data", "--segment 50%")
+
+
 def flags_of(arm, args, paired):
-    """The command line of an arm. Where the data have no `rejected`, SFT writes segments that lambda 0 then ignores."""
-    flags = ARMS[arm] if paired or arm != "SFT" else ARMS[arm].replace("--rejected data", "--segment 50%")
     return [*COMMON.split(), "--model", args.model, "--data", args.data, "--eval-data", args.eval_data, "--steps", str(args.steps), "--lr", f"{args.lr:g}",
-            "--max-length", str(args.max_length), "--dtype", args.dtype, "--seed", str(args.seed), *flags.split()]
+            "--max-length", str(args.max_length), "--dtype", args.dtype, "--seed", str(args.seed), *own_flags(arm, paired).split()]
 
 
 def run(arm, out, flags):
@@ -117,7 +121,7 @@ def main(argv=None):
     for arm in ("start", *arms):
         rows[arm], texts[arm], own = measure(args.model if arm == "start" else out / arm.replace(" ", "-") / "model", args, own)
     print(study.markdown(["arm", "flags", *rows["start"], "seconds"],
-                         [[arm, f"`{ARMS[arm]}`" if arm in ARMS else "", *row.values(), seconds.get(arm, "")] for arm, row in rows.items()]))
+                         [[arm, f"`{own_flags(arm, paired)}`" if arm in ARMS else "", *row.values(), seconds.get(arm, "")] for arm, row in rows.items()]))
     for i, row in enumerate(train.read_rows(args.eval_data)[:args.samples]):
         shown = {"prompt": row.turns if isinstance(row.turns, str) else row.turns[-1]["content"], "y+": row.chosen, **{arm: texts[arm][i] for arm in texts}}
         print("\n" + "\n".join(f"{name:<13} {train.one_line(text, 150)}" for name, text in shown.items()))

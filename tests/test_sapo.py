@@ -368,6 +368,11 @@ def test_writing_ahead_changes_nothing(loss):
     assert same                                          # not in one: pytest would draw thousands of numbers side by side
 
 
+def test_an_ema_that_moves_every_epoch_needs_to_know_how_long_that_is():
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        State.start(small_model(0), settings(ema_every="epoch"), [2])
+
+
 def test_segments_are_written_as_far_ahead_as_the_ema_stands_still(monkeypatch):
     cfg = settings(ema_every="4", write_ahead=8)
     state, calls = start(cfg), watch(monkeypatch, sapo, "generate")
