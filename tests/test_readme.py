@@ -92,6 +92,13 @@ def test_every_test_it_names_exists():
     assert len(named) >= 6 and all(f"def {test}(" in (ROOT / file).read_text("utf-8") for file, test in named)
 
 
+def test_the_studys_tables_are_those_it_wrote():
+    section = re.search(r"^## The study.*?(?=^## )", readme(), re.M | re.S)[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    written = (ROOT / "figures/study.md").read_text("utf-8").splitlines()
+    assert len(rows) > 25 and set(rows) <= set(written)
+
+
 @pytest.mark.slow
 def test_the_commands_marked_short_run(tmp_path):
     copy = tmp_path / "project"
