@@ -211,10 +211,10 @@ def test_the_best_rate_on_validation_rows_is_taken(monkeypatch):
     args = SimpleNamespace(out="nowhere", seeds=2, rates=[], sft_steps=5, steps=2, rows=None, jobs=1)
     chosen, asked = study.Study(args), []
     monkeypatch.setattr(chosen, "do", lambda what, jobs: asked.extend(jobs))
-    monkeypatch.setattr(chosen, "found", lambda flags, lr, seed, split: dict.fromkeys(study.JUDGE, {1e-4: 0.2, 3e-4: 0.6, 1e-3: 0.4, 3e-3: 0.9}[lr]))
+    monkeypatch.setattr(chosen, "found", lambda flags, lr, seed, split: dict.fromkeys(study.JUDGE, {3e-5: 0.1, 1e-4: 0.2, 3e-4: 0.6, 1e-3: 0.4, 3e-3: 0.9}[lr]))
     best = chosen.tune({"SAPO-DPO": "", "SFT": "--loss orpo --lam 0"})
     assert {arm: lr for arm, (lr, _) in best.items()} == {"SAPO-DPO": 3e-4, "SFT": 3e-3}
-    assert {j["split"] for j in asked} == {"validation"} and {j["seed"] for j in asked} == {1} and len(asked) == 1 + 6
+    assert {j["split"] for j in asked} == {"validation"} and {j["seed"] for j in asked} == {1} and len(asked) == 1 + 8
 
 
 MICRO = "--arms SAPO-DPO,SFT --seeds 1 --ablation-seeds 0 --rates 1e-4 --steps 2 --sft-steps 2 --rows 4 --jobs 1".split()
