@@ -475,7 +475,8 @@ def growth(args, report):
                 peaks.append(memory_of(run, "cpu"))
         curves.append((what, values, f"{quantity}, s", law, low, high, [statistics.median(s) for s in seconds], seconds))
         if with_memory and None not in peaks:
-            curves.append((what, values, f"{quantity}, MiB", "constant, then linear", 0, 1.1, [p / MiB for p in peaks], None))
+            long = what == "length"                         # each layer keeps its mask of the branches, S x (P + S)
+            curves.append((what, values, f"{quantity}, MiB", law if long else "constant, then linear", 0, high if long else 1.1, [p / MiB for p in peaks], None))
     for what, values, quantity, law, low, high, points, seconds in curves:
         exponent = slope(values, points)
         report.row("growth, CPU: measured ~ value ^ exponent", {"values": values, "points": points, "seconds": seconds}, grows=what, measured=quantity,
@@ -499,7 +500,10 @@ def draw_growth(curves, path):
             ax.plot(x, (x / x[0]) ** power, ":", color="0.6", lw=1)
         for (_, values, name, points), marker in zip(mine, "osd^"):
             ax.plot(values, np.divide(points, points[0]), marker=marker, ms=4, label=name)
-        ax.set(xscale="log", yscale="log", title=what, xlabel=what, ylim=(0.3, 4 * max(tallest, 2)))
+        ax.set(xscale="log", yscale="log", title=what, ylim=(0.3, 4 * max(tallest, 2)))
+        shown = mine[0][1] if len(mine[0][1]) < 7 else mine[0][1][::2]
+        ax.set_xticks(shown, [str(v) if v % 1000 else f"{v // 1000}k" for v in shown])
+        ax.minorticks_off()
         ax.legend(fontsize=8, frameon=False, loc="upper left")
     for ax in axes[:, 0]:
         ax.set_ylabel("times the first point")
