@@ -125,7 +125,7 @@ MUTANTS = [
     Mutant("key-value heads are repeated in the wrong order", "model.py",
            "t.repeat_interleave(q.shape[1] // t.shape[1], 1)",
            "t.repeat(1, q.shape[1] // t.shape[1], 1, 1)",
-           MODEL + "prefill_and_decoding_give_the_logits_of_the_whole_text[groups]"),
+           MODEL + "prefill_and_decoding_give_the_logits_of_the_whole_text[exact-groups]"),
     Mutant("rope_theta is read in one dialect only", "model.py",
            'next((t for t in (scaling.get("rope_theta"), raw.get("rope_theta")) if t is not None), 10000.0)',
            'raw.get("rope_theta", 10000.0)',
