@@ -429,7 +429,7 @@ class KVCache:
     def __init__(self, config, batch, width, dtype, device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, width, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.rows, self.width, self.at = torch.arange(batch, device=device), width, None
+        self.width, self.at = width, None
 
     def layer(self, i, positions):
         """This cache, set to write layer i at `positions` (B, T)."""

@@ -31,14 +31,9 @@ from buffer import Pair
 from model import companions, generate, load_pretrained
 
 BATCH = 8
-ARMS = {        # arm: its flags beside COMMON; a buffer of BATCH pairs is a buffer of one batch
-    "SFT": f"--loss orpo --lam 0 --rejected data --buffer-size {BATCH}",
-    "offline DPO": f"--rejected data --ref-refresh never --buffer-size {BATCH}",
-    "offline ORPO": f"--loss orpo --rejected data --buffer-size {BATCH}",
-    "SPIN": f"--segment 100% --alpha 0 --ema-every epoch --ref-refresh epoch --buffer-size {BATCH}",
-    "SAPO-DPO": "--segment 50% --buffer-size 64",
-    "SAPO-ORPO": "--loss orpo --segment 50% --buffer-size 64",
-}
+ARMS = {        # arm: its flags beside COMMON, the study's with a buffer of one batch of this size; SAPO's segment is half the answer
+    **{arm: study.RELATIVES[arm].replace(f"--buffer-size {study.BATCH}", f"--buffer-size {BATCH}") for arm in ("SFT", "offline DPO", "offline ORPO", "SPIN")},
+    **{arm: f"{study.RELATIVES[arm]} --segment 50% --buffer-size 64".strip() for arm in ("SAPO-DPO", "SAPO-ORPO")}}
 COMMON = (f"--device cpu --batch-size {BATCH} --micro-batch 4 --optimizer adamw --lr-scheduler linear --warmup 10% --eval-every 0 --save-every 0 --keep 1 "
           "--eval-rows 1 --samples 0")
 

@@ -634,13 +634,15 @@ def test_a_large_matrix_times_few_tokens_is_the_usual_product(shape, bias, monke
     assert got.shape == expected.shape and (got - expected).abs().max() < 1e-3 * expected.std()
 
 
-@pytest.mark.parametrize("x, weight", [((33, 8), (16, 8)), ((2, 8), (24, 8))], ids=["many tokens", "rows that do not divide"])
-def test_any_other_product_is_the_usual_one_to_the_bit(x, weight, monkeypatch):
+@pytest.mark.parametrize("x, weight", [(torch.ones(33, 8), torch.ones(16, 8)), (torch.ones(2, 8), torch.ones(24, 8)), (torch.ones(2, 8).double(), torch.ones(16, 8).double()),
+                                       (torch.ones(2, 8, requires_grad=True), torch.ones(16, 8))],
+                         ids=["many tokens", "rows that do not divide", "another dtype", "something trains"])
+def test_any_other_product_is_the_usual_one(x, weight, monkeypatch):
     monkeypatch.setattr(code, "LARGE", 0)
-    x, weight = torch.randn(x), torch.randn(weight)
-    assert torch.equal(code.linear(x, weight), F.linear(x, weight))
-    x, weight = torch.randn(2, 8, requires_grad=True), torch.randn(16, 8)
-    assert torch.equal(code.linear(x, weight), F.linear(x, weight)), "where something trains"
+    monkeypatch.setattr(F, "linear", lambda *arguments: "the usual one")
+    with torch.set_grad_enabled(x.requires_grad):
+        assert code.linear(x, weight) == "the usual one"
+        assert x.requires_grad or not isinstance(code.linear(torch.ones(2, 8), torch.ones(16, 8)), str)
 
 
 def test_the_end_token_is_written_and_nothing_after_it():
