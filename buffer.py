@@ -6,8 +6,12 @@ state goes through JSON and integer arrays.
 
 from collections import deque
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from losses import IGNORE
 
 
 @dataclass(slots=True)
@@ -29,11 +33,10 @@ class Pair:
     ref_chosen: float = 0.0     # the reference's summed log-probs of y+ and y- ...
     ref_rejected: float = 0.0
     ref_version: int = -1       # ... and which reference that was; -1: none yet
-
-
 TOKENS = ("prompt", "chosen", "rejected")
 COUNTS = ("start", "stop", "rejected_stop", "row", "step", "uses", "ref_version")
 FLOATS = ("ref_chosen", "ref_rejected")
+
 
 
 def pack(pairs):
@@ -46,6 +49,7 @@ def pack(pairs):
             "counts": table(COUNTS, np.int64), "floats": table(FLOATS, np.float64)}
 
 
+
 def unpack(arrays):
     """The pairs that `pack` took apart."""
     ends = np.cumsum(arrays["lengths"].reshape(-1))
@@ -53,6 +57,7 @@ def unpack(arrays):
     rows = zip(arrays["counts"].tolist(), arrays["floats"].tolist())
     return [Pair(*lists[3 * i:3 * i + 3], **dict(zip(COUNTS, counts)), **dict(zip(FLOATS, floats)))
             for i, (counts, floats) in enumerate(rows)]
+
 
 
 class ReplayBuffer:
@@ -96,3 +101,69 @@ class ReplayBuffer:
     def load_state_dict(self, state):
         self.pairs = deque(unpack(state["pairs"]), maxlen=state["capacity"])
         self.rng.bit_generator.state = state["rng"]
+
+
+
+class Batch(NamedTuple):
+    """n pairs as rows. Labels are shifted here, once in the project: labels[:, t] is the token after ids[:, t]."""
+    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S, or R = 2n where the trunk is not shared
+    positions: torch.Tensor     # (R, T) int64, each token's place in its own text
+    labels: torch.Tensor        # (R, T) int64, IGNORE where nothing is scored
+    scored: torch.Tensor        # (R, T) bool, the labels that the preference compares; the others are for the NLL
+    seam: torch.Tensor          # (R, T) bool, those of the scored labels that are C, where both texts have it
+    trunk: int                  # P, 0 where it is not shared
+    lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; tokens of the NLL
+
+    def to(self, device):
+        return Batch(*(t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in self))
+
+
+
+def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
+    """Pairs as one Batch.
+
+    share: one row a pair, [trunk | chosen | rejected], the trunk being all that both texts have in common except the
+    last common token, which opens both branches, so that each label is a plain shift. Without it, two plain rows a
+    pair (first all chosen, then all rejected), or with sides=1 the chosen texts alone (supervised fine-tuning).
+    score_on: "response" or "segment" (B and B' only); common: count tokens of the trunk too; nll_on: further labels
+    for the chosen text, "response" or "prompt+response".
+    """
+    texts, trunks = [], []
+    for p in pairs:
+        x = len(p.prompt)
+        chosen, rejected = (np.array(p.prompt + y, np.int64) for y in (p.chosen, p.rejected))
+        both = min(len(chosen), len(rejected))
+        differ = np.flatnonzero(chosen[:both] != rejected[:both])
+        trunks.append(min(differ[0] if len(differ) else both, both - 1) - 1)     # each branch keeps a token and a label
+        whole = score_on == "response"
+        spans = [(x, len(chosen)), (x, len(rejected))] if whole else [(x + p.start, x + p.stop), (x + p.start, x + p.rejected_stop)]
+        followed = 0 < p.rejected_stop < len(p.rejected)                         # C stands in both
+        for text, (start, stop), C in zip((chosen, rejected), spans, (p.stop, p.rejected_stop)):
+            counted = np.zeros(len(text), bool)          # tokens the preference compares
+            counted[max(start, 0 if common else trunks[-1] + 1):stop] = True
+            labelled = counted.copy()                    # and those of the NLL
+            if text is chosen and nll_on:
+                labelled[{"response": x, "prompt+response": 1}[nll_on]:] = True
+            after = counted & followed & (np.arange(len(text)) >= x + C)
+            texts.append((text, counted, labelled, after))
+
+    lengths = np.array([[c[1].sum(), r[1].sum(), c[2].sum()] for c, r in zip(texts[::2], texts[1::2])])
+    P = max(1, *trunks) if share else 0                  # at least one column, so that all processes make the same calls
+    if share:
+        S = max(len(text) - 1 - trunks[i // 2] for i, (text, *_) in enumerate(texts))
+        blocks = [[(texts[2 * i], 0, t, 0), (texts[2 * i], t, None, P), (texts[2 * i + 1], t, None, P + S)] for i, t in enumerate(trunks)]
+        width = P + 2 * S
+    else:
+        blocks = [[(text, 0, None, 0)] for text in texts[::2] + (texts[1::2] if sides == 2 else [])]
+        width = max(len(block[0][0][0]) for block in blocks) - 1
+    ids, labels = np.zeros((len(blocks), width), np.int64), np.full((len(blocks), width), IGNORE)
+    positions, (scored, seam) = np.tile(np.arange(width), (len(blocks), 1)), np.zeros((2, len(blocks), width), bool)
+    for row, pieces in enumerate(blocks):
+        if share:                                        # padding counts on from the trunk's length as well
+            positions[row, P:] = trunks[row] + np.tile(np.arange(S), 2)
+        for (text, counted, labelled, after), start, stop, column in pieces:
+            stop = len(text) - 1 if stop is None else stop
+            at, following = slice(column, column + stop - start), slice(start + 1, stop + 1)
+            ids[row, at], scored[row, at], seam[row, at] = text[start:stop], counted[following], after[following]
+            labels[row, at] = np.where(labelled[following], text[following], IGNORE)
+    return Batch(*map(torch.from_numpy, (ids, positions, labels, scored, seam)), int(P), torch.from_numpy(lengths))

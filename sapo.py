@@ -42,17 +42,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from buffer import Pair, ReplayBuffer
-from losses import IGNORE, dpo_loss, log_odds, orpo_loss, slic_loss, token_logps
+from buffer import Pair, ReplayBuffer, collate
+from losses import preference_loss, score, scored_tokens
 from model import generate, twin
-
-LOGITS = 2**25      # so many logits at a time (128 MiB in float32); where there are more, the head runs in chunks
-KEPT = 2**28        # so many are kept for the backward pass (1 GiB); where there are more, it computes them again
 
 
 def setting(default, help, source="ours", **more):
     """A dataclass field that knows what it means and where its default comes from."""
     return field(default=default, metadata={"help": help, "source": source, **more})
+
 
 
 @dataclass
@@ -86,12 +84,14 @@ class SAPOConfig:
     write_rows: int = setting(64, "at most so many texts are written at once, a process; changes memory and speed, not the result", low=1)
 
 
+
 class Example(NamedTuple):
     """One row of D in token ids. `rejected` is used only with SAPOConfig.rejected "data"."""
     prompt: list
     chosen: list
     rejected: list | None = None
     row: int = -1
+
 
 
 @dataclass
@@ -135,14 +135,15 @@ class State:
         self.times[stage] = self.times.get(stage, 0.0) + time.perf_counter() - start
 
 
+
 def clock(model):
     """Wait for the GPU, so that a stage's time is its own."""
     if next(model.parameters()).is_cuda:
         torch.cuda.synchronize()
 
 
-# ------------------------------------------------------------------------------------------------ Algorithm 1
 
+# ------------------------------------------------------------------------------------------------ Algorithm 1
 def sapo_step(state, draw, cfg, autocast=nullcontext):
     """One step of Algorithm 1. draw(n) returns the next n Examples of D; autocast() surrounds forward passes.
 
@@ -188,6 +189,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     return metrics | pair_metrics(state, fresh, pairs) | {"grad_norm": norm.item()}
 
 
+
 def split(chosen, segment, eos, cuts):
     """[2]: (start, stop) of B in y+, uniform over all legal cuts. The end token, if y+ has one, is never in B."""
     n = len(chosen) - (chosen[-1] in eos)
@@ -196,10 +198,12 @@ def split(chosen, segment, eos, cuts):
     return start, start + length
 
 
+
 def segment_length(segment, n):
     """Tokens in B for n tokens to choose from: "256" is tokens, "50%" a share; at least 1, at most n."""
     share = round(n * float(segment[:-1]) / 100) if segment.endswith("%") else int(segment)
     return max(1, min(share, n))
+
 
 
 def make_pairs(state, examples, cfg):
@@ -217,6 +221,7 @@ def make_pairs(state, examples, cfg):
     return pairs
 
 
+
 def write_segments(state, prefixes, budgets, cfg):
     """[3]: B' after each x + A, at most its budget of tokens long. How many are written at once changes none, rounding aside."""
     eos, banned = (state.eos, ()) if cfg.eos_in_segment == "stop" else ((), state.eos)
@@ -226,6 +231,7 @@ def write_segments(state, prefixes, budgets, cfg):
         segments += generate(state.writer, prefixes[some], budgets[some], eos, cfg.temperature, cfg.top_k, cfg.top_p,
                              state.sampler, state.vocab, banned, state.timed)
     return segments
+
 
 
 def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
@@ -253,36 +259,6 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
     return dict(zip(["loss", *parts], means)) | {"bad_rows": bad_rows}
 
 
-def preference_loss(policy, batch, cfg, reference=None):
-    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: the reference's (chosen, rejected), for DPO.
-
-    DPO and SLiC take sums of log-probs, ORPO means; `scored_tokens` says of which tokens.
-    Two metrics are this method's own: log p(C after A B) - log p(C after A B'), the seam, 0 where y- has no C, and the
-    rest of the gap log p(y+) - log p(y-): B against B' (B and C against a B' that ended the answer).
-    """
-    logps = token_scores(policy, batch)
-    chosen, rejected = fold(logps * batch.scored, batch)
-    gap, seam = chosen - rejected, torch.sub(*fold(logps * batch.seam, batch))
-    if cfg.loss == "dpo":
-        loss, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference, cfg.beta)
-        extra = {}
-    elif cfg.loss == "orpo":
-        nll = -fold(logps, batch)[0] / batch.lengths[:, 2]
-        chosen, rejected = chosen / batch.lengths[:, 0], rejected / batch.lengths[:, 1]
-        loss, chosen_rewards, rejected_rewards = orpo_loss(nll, chosen, rejected, cfg.lam)
-        ratio = (log_odds(chosen) - log_odds(rejected)).detach()                       # TRL's log_odds_chosen
-        extra = {"nll_loss": nll, "log_odds_ratio": torch.nn.functional.logsigmoid(ratio), "log_odds_chosen": ratio}
-    elif cfg.loss == "slic":
-        nll = -fold(logps, batch)[0]
-        loss, chosen_rewards, rejected_rewards = slic_loss(nll, chosen, rejected, cfg.delta, cfg.lam)
-        extra = {"nll_loss": nll / batch.lengths[:, 2]}
-    else:
-        raise ValueError(f"loss is {cfg.loss!r}; choose dpo, orpo or slic")
-    margins = (chosen_rewards - rejected_rewards).detach()
-    return loss, {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "rewards/margins": margins,
-                  "rewards/accuracies": (margins > 0).to(loss.dtype), "logps/chosen": chosen, "logps/rejected": rejected,
-                  "pairs/segment_gap": gap - seam, "pairs/seam_gap": seam} | extra
-
 
 def reference_scores(state, pairs, device, cfg):
     """The reference's (chosen, rejected), each (n,): from the pairs that hold this reference's, computed for the others."""
@@ -293,6 +269,7 @@ def reference_scores(state, pairs, device, cfg):
             pair.ref_chosen, pair.ref_rejected, pair.ref_version = chosen, rejected, state.ref_version
     dtype = torch.promote_types(next(state.reference.parameters()).dtype, torch.float32)
     return tuple(torch.tensor([getattr(p, k) for p in pairs], dtype=dtype, device=device) for k in ("ref_chosen", "ref_rejected"))
+
 
 
 @torch.no_grad()
@@ -310,10 +287,12 @@ def ema_update(ema, policy, alpha):
     return float(getattr(distance, "full_tensor", lambda: distance)())                 # of divided parameters, the whole
 
 
+
 @torch.no_grad()
 def copy_parameters(target, source):
     for old, new in zip(target.parameters(), source.parameters()):
         old.copy_(new)
+
 
 
 def period(every, state):
@@ -321,9 +300,11 @@ def period(every, state):
     return state.steps_per_epoch if every == "epoch" else 0 if every == "never" else int(every)
 
 
+
 def steps_until(every, state):
     """Steps from now to the next multiple of `every`, at least 1."""
     return period(every, state) - state.step % period(every, state)
+
 
 
 def pair_metrics(state, fresh, pairs):
@@ -340,93 +321,3 @@ def pair_metrics(state, fresh, pairs):
     if writing:
         metrics["gen/tokens_per_second"] = sum(p.rejected_stop - p.start for p in [*fresh, *state.written]) / writing
     return metrics | {f"time/{stage}": seconds for stage, seconds in times.items()}
-
-
-# ------------------------------------------------------------------------------------------------ how a pair is scored
-
-class Batch(NamedTuple):
-    """n pairs as rows. Labels are shifted here, once in the project: labels[:, t] is the token after ids[:, t]."""
-    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S, or R = 2n where the trunk is not shared
-    positions: torch.Tensor     # (R, T) int64, each token's place in its own text
-    labels: torch.Tensor        # (R, T) int64, IGNORE where nothing is scored
-    scored: torch.Tensor        # (R, T) bool, the labels that the preference compares; the others are for the NLL
-    seam: torch.Tensor          # (R, T) bool, those of the scored labels that are C, where both texts have it
-    trunk: int                  # P, 0 where it is not shared
-    lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; tokens of the NLL
-
-    def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in self))
-
-
-def scored_tokens(cfg):
-    """What collate must label for a loss: sums may leave out the common beginning, which cancels; ORPO's means need all of y."""
-    return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": None if cfg.loss == "dpo" else cfg.nll_on}
-
-
-def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
-    """Pairs as one Batch.
-
-    share: one row a pair, [trunk | chosen | rejected], the trunk being all that both texts have in common except the
-    last common token, which opens both branches, so that each label is a plain shift. Without it, two plain rows a
-    pair (first all chosen, then all rejected), or with sides=1 the chosen texts alone (supervised fine-tuning).
-    score_on: "response" or "segment" (B and B' only); common: count tokens of the trunk too; nll_on: further labels
-    for the chosen text, "response" or "prompt+response".
-    """
-    texts, trunks = [], []
-    for p in pairs:
-        x = len(p.prompt)
-        chosen, rejected = (np.array(p.prompt + y, np.int64) for y in (p.chosen, p.rejected))
-        both = min(len(chosen), len(rejected))
-        differ = np.flatnonzero(chosen[:both] != rejected[:both])
-        trunks.append(min(differ[0] if len(differ) else both, both - 1) - 1)     # each branch keeps a token and a label
-        whole = score_on == "response"
-        spans = [(x, len(chosen)), (x, len(rejected))] if whole else [(x + p.start, x + p.stop), (x + p.start, x + p.rejected_stop)]
-        followed = 0 < p.rejected_stop < len(p.rejected)                         # C stands in both
-        for text, (start, stop), C in zip((chosen, rejected), spans, (p.stop, p.rejected_stop)):
-            counted = np.zeros(len(text), bool)          # tokens the preference compares
-            counted[max(start, 0 if common else trunks[-1] + 1):stop] = True
-            labelled = counted.copy()                    # and those of the NLL
-            if text is chosen and nll_on:
-                labelled[{"response": x, "prompt+response": 1}[nll_on]:] = True
-            after = counted & followed & (np.arange(len(text)) >= x + C)
-            texts.append((text, counted, labelled, after))
-
-    lengths = np.array([[c[1].sum(), r[1].sum(), c[2].sum()] for c, r in zip(texts[::2], texts[1::2])])
-    P = max(1, *trunks) if share else 0                  # at least one column, so that all processes make the same calls
-    if share:
-        S = max(len(text) - 1 - trunks[i // 2] for i, (text, *_) in enumerate(texts))
-        blocks = [[(texts[2 * i], 0, t, 0), (texts[2 * i], t, None, P), (texts[2 * i + 1], t, None, P + S)] for i, t in enumerate(trunks)]
-        width = P + 2 * S
-    else:
-        blocks = [[(text, 0, None, 0)] for text in texts[::2] + (texts[1::2] if sides == 2 else [])]
-        width = max(len(block[0][0][0]) for block in blocks) - 1
-    ids, labels = np.zeros((len(blocks), width), np.int64), np.full((len(blocks), width), IGNORE)
-    positions, (scored, seam) = np.tile(np.arange(width), (len(blocks), 1)), np.zeros((2, len(blocks), width), bool)
-    for row, pieces in enumerate(blocks):
-        if share:                                        # padding counts on from the trunk's length as well
-            positions[row, P:] = trunks[row] + np.tile(np.arange(S), 2)
-        for (text, counted, labelled, after), start, stop, column in pieces:
-            stop = len(text) - 1 if stop is None else stop
-            at, following = slice(column, column + stop - start), slice(start + 1, stop + 1)
-            ids[row, at], scored[row, at], seam[row, at] = text[start:stop], counted[following], after[following]
-            labels[row, at] = np.where(labelled[following], text[following], IGNORE)
-    return Batch(*map(torch.from_numpy, (ids, positions, labels, scored, seam)), int(P), torch.from_numpy(lengths))
-
-
-def token_scores(model, batch):
-    """Log-prob of every label of a Batch: (R, T), float32 or wider, 0 where there is no label."""
-    head = lambda hidden, weight: token_logps(hidden, weight, batch.labels, *(max(1, n // weight.shape[0]) for n in (LOGITS, KEPT)))
-    return model(batch.ids, positions=batch.positions, trunk=batch.trunk, head=head)
-
-
-def fold(values, batch):
-    """Sums of values (R, T) over each chosen and each rejected text: two (n,). The trunk counts in both."""
-    if not batch.trunk:
-        return values.sum(-1).chunk(2)
-    common, branches = values[:, :batch.trunk].sum(-1), values[:, batch.trunk:].unflatten(1, (2, -1)).sum(-1)   # (n,), (n, 2)
-    return common + branches[:, 0], common + branches[:, 1]
-
-
-def score(model, batch):
-    """Summed log-probs (chosen, rejected), each (n,), of the tokens a Batch scores. Policy, reference and evaluation alike."""
-    return fold(token_scores(model, batch) * batch.scored, batch)

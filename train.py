@@ -8,664 +8,79 @@
 Leaves out the method, which is sapo.py's. Read it from the bottom (`main`, then `Run.train`), or in its order.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
-import gzip
-import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import sys
 import time
 import traceback
-import zlib
-from array import array
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from buffer import Pair, ReplayBuffer, pack, unpack
-from model import (PROJECTIONS, BadInput, ModelConfig, Transformer, add_lora, blank, check_weights, companions, flush, generate,
-                   load_pretrained, new_folder, plain_weights, read_json, read_weights, save_adapter, save_pretrained,
-                   saved_dtype, twin, write_json)
-from sapo import Example, SAPOConfig, State, collate, copy_parameters, make_pairs, period, sapo_step, score, setting, token_scores
-
-HERE = Path(__file__).resolve().parent
-
-
-# ------------------------------------------------------------------------------------------------ 1. flags
-
-@dataclasses.dataclass
-class Config(SAPOConfig):
-    """Every setting of a run: the method's (SAPOConfig) and the machine's. Each is a flag."""
-    model: str = setting("", "folder or hub name[@revision] of the checkpoint to train")
-    from_scratch: bool = setting(False, "start from random weights; the folder then needs only config.json and the tokenizer")
-    data: str = setting("", "rows to train on, JSON lines: prompt and chosen, or messages")
-    eval_data: str = setting("", "held-out rows; without it, some of --data are held out")
-    sft_data: str = setting("", "rows of the supervised warm-up; without it, --data")
-    out: str = setting("", "run folder; runs/<preset>-<time> without it")
-    overwrite: bool = setting(False, "replace the run folder if it exists")
-    chat_template: str = setting("", "a Jinja file to use in place of the checkpoint's chat template")
-    steps: int | None = setting(None, "optimizer steps; 0 only evaluates; without it, --epochs decides", low=0)
-    epochs: float = setting(4.0, "passes over the data", "paper", low=1e-9, high=1e6)
-    lr: float = setting(5e-7, "peak learning rate", "authors' code", low=0)
-    lr_scheduler: str = setting("linear", "decay after the warm-up", "authors' code",
-                                choices=("linear", "cosine", "inverse_sqrt", "constant"))
-    warmup: str = setting("10%", "warm-up: steps, or a share of them", "authors' code")
-    optimizer: str = setting("rmsprop", "float32 optimizer", "authors' code", choices=("adamw", "rmsprop"))
-    weight_decay: float = setting(0.0, "decoupled weight decay (adamw)", low=0)
-    lora: int = setting(0, "rank of LoRA adapters; 0 trains all weights", low=0, high=4096)
-    lora_alpha: float = setting(32.0, "adapters are scaled by alpha / rank", low=1e-6)
-    lora_projections: str = setting(",".join(PROJECTIONS), "projections that get an adapter, comma-separated")
-    sft_steps: int = setting(0, "supervised warm-up steps before SAPO", low=0)
-    sft_lr: float = setting(2e-5, "peak learning rate of the warm-up", low=0)
-    sft_batch_size: int = setting(64, "rows a warm-up step, over all processes", low=1)
-    max_prompt_length: int | None = setting(None, "tokens; a longer prompt loses its left end, BOS kept; "
-                                                  "without it 7/8 of --max-length, the paper's 1792 of 2048", "paper", low=1)
-    max_length: int | None = setting(None, "tokens of prompt and response; a longer response loses its right end; "
-                                           "without it min(2048, the model's context)", "paper", low=2)
-    seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
-    device: str = setting("auto", "cpu, cuda, mps, or auto: cuda where there is one", choices=("auto", "cpu", "cuda", "mps"))
-    dtype: str = setting("auto", "of autocast and of the writer; weights stay float32 (LoRA's frozen base does not); auto: bfloat16 on cuda",
-                         "authors' code", choices=("auto", "float32", "bfloat16"))
-    shard: bool = setting(False, "FSDP2: weights, EMA, reference and optimizer state are divided among the processes")
-    gradient_checkpointing: bool = setting(False, "recompute each block in the backward pass: less memory, more time")
-    save_every: int = setting(100, "steps between checkpoints; 0: only between the stages and at the end", low=0)
-    keep: int = setting(2, "checkpoints kept", low=1)
-    eval_every: int = setting(0, "steps between evaluations; 0: only before and after", low=0)
-    eval_rows: int = setting(200, "held-out rows used at most", low=1)
-    eval_tokens: int = setting(128, "tokens of an answer at most, for judge and samples", low=1)
-    samples: int = setting(4, "held-out prompts answered before and after, for reading", low=0)
-    show_every: int = setting(10, "steps between lines on the screen and pairs in pairs.jsonl", low=1)
-    max_minutes: float = setting(0.0, "save and stop after so long; 0: no limit", low=0)
-    max_bad_steps: int = setting(5, "steps in a row whose gradient is not finite before the run stops with exit code 3", low=1)
-
-
-TINY = HERE / "data"
-PRESETS = {
-    "paper-dpo": {},
-    "paper-orpo": dict(loss="orpo", lr=5e-6, lr_scheduler="inverse_sqrt", warmup="100", optimizer="adamw"),
-    "tiny": dict(model=str(TINY / "tiny_model"), from_scratch=True, data=str(TINY / "tiny_train.jsonl"), eval_data=str(TINY / "tiny_test.jsonl"),
-                 sft_data=str(TINY / "tiny_base.jsonl"), sft_steps=500, sft_lr=4e-3, sft_batch_size=16, steps=120,
-                 batch_size=16, micro_batch=16, segment="12", buffer_size=256, lr=1e-4, optimizer="adamw",
-                 max_prompt_length=48, max_length=160, eval_tokens=80, eval_every=30, save_every=60),
-}
-MAY_CHANGE = {"out", "overwrite", "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "max_minutes", "max_bad_steps",
-              "device", "micro_batch", "write_ahead", "write_rows", "gradient_checkpointing", "shard"}       # on --resume, like the number of processes
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message} (python train.py --help lists every flag)")
-
-
-def kind_of(f):
-    return int if f.type == int | None else f.type
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse(argv):
-    """(Config, preset name, resume folder or None). A flag beats --config, which beats the preset."""
-    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; tiny if neither --model nor --data is given, else paper-dpo")
-    parser.add_argument("--config", help="config.json of an earlier run, to start from its settings")
-    parser.add_argument("--resume", help="run folder to go on with")
-    for f in dataclasses.fields(Config):
-        default = "none" if f.default in ("", None) else f.default
-        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=kind_of(f), choices=f.metadata.get("choices"))
-        parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, **how,
-                            help=f"{f.metadata['help']} [{default}; {f.metadata['source']}]".replace("%", "%%"))
-    flags = vars(parser.parse_args(argv))
-    preset, config, resume = (flags.pop(k) for k in ("preset", "config", "resume"))
-    if resume:
-        if preset or config:
-            raise BadInput("--resume takes its settings from the run itself; leave out --preset and --config")
-        path = Path(resume) / "config.json"
-        saved = read_json(path, "run folder")
-        settings = settings_of(saved, path)
-        for k, v in flags.items():
-            if k not in MAY_CHANGE and v != settings.get(k):
-                raise BadInput(f"{flag_of(k)} {v} contradicts the saved run, which has {settings.get(k)!r}; "
-                               f"on --resume these may change: {', '.join(map(flag_of, sorted(MAY_CHANGE)))}")
-        return checked(Config(**settings | flags | {"out": str(resume)})), saved.get("preset"), Path(resume)
-    settings = {}
-    if config:
-        saved = read_json(config, "run")
-        settings = {k: v for k, v in settings_of(saved, config).items() if k not in ("out", "overwrite")}
-        preset = preset or saved.get("preset")
-    preset = preset or ("paper-dpo" if flags.get("model") or flags.get("data") else "tiny")
-    return checked(Config(**PRESETS.get(preset, {}) | settings | flags)), preset, None
-
-
-def settings_of(saved, path):
-    settings = saved.get("settings") if isinstance(saved, dict) else None
-    if not isinstance(settings, dict) or set(settings) - {f.name for f in dataclasses.fields(Config)}:
-        raise BadInput(f"{path}: not the config.json of a run of this program")
-    return settings
-
-
-def checked(cfg):
-    """The Config, or BadInput: types, choices and ranges, whatever the loss, then what must fit together."""
-    for f in dataclasses.fields(Config):
-        value, flag, meta, kind = getattr(cfg, f.name), flag_of(f.name), f.metadata, kind_of(f)
-        if value is None and f.default is None:
-            continue
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise BadInput(f"{flag} is {value!r}; it must be of type {kind.__name__}")
-        if value not in meta.get("choices", (value,)) or value != value:
-            raise BadInput(f"{flag} is {value!r}; choose {' or '.join(meta.get('choices', ('a number',)))}")
-        low, high = meta.get("low", 0), meta.get("high", 10**12)
-        if kind in (int, float) and not low <= value <= high:
-            raise BadInput(f"{flag} is {value}; it must be at {f'least {low:g}' if value < low else f'most {high:g}'}")
-    whole = r"[1-9]\d{0,8}"
-    for name, pattern, what in (("segment", rf"{whole}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%", "a number of tokens, or a share such as 50%"),
-                                ("ema_every", rf"{whole}|epoch", "a number of steps, or epoch"),
-                                ("ref_refresh", rf"{whole}|epoch|never", "a number of steps, epoch or never"),
-                                ("warmup", r"\d{1,9}|(100|\d{1,2})(\.\d+)?%", "a number of steps, or a share such as 10%"),
-                                ("lora_projections", rf"({'|'.join(PROJECTIONS)})(,({'|'.join(PROJECTIONS)}))*", f"some of {','.join(PROJECTIONS)}")):
-        if not re.fullmatch(pattern, getattr(cfg, name)):
-            raise BadInput(f"{flag_of(name)} is {getattr(cfg, name)!r}; it must be {what}")
-    sees = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    refusals = {
-        "--model is missing: a model folder or hub name (python train.py alone runs the tiny world)": not cfg.model,
-        "--data is missing: a file of JSON lines with prompt and chosen, or messages": not cfg.data,
-        f"--max-prompt-length {cfg.max_prompt_length} leaves no room for a response within --max-length {cfg.max_length}":
-            cfg.max_length and cfg.max_prompt_length and cfg.max_prompt_length >= cfg.max_length,
-        f"--buffer-size {cfg.buffer_size} is smaller than one batch of {cfg.batch_size} pairs": cfg.buffer_size < cfg.batch_size,
-        f"--device {cfg.device}: torch sees none here; use --device cpu": cfg.device in sees and not sees[cfg.device](),
-        "--from-scratch with --sft-steps 0: random weights write noise; give them a warm-up": cfg.from_scratch and not cfg.sft_steps,
-        "--lora with --from-scratch: an adapter on random weights learns nothing of use": cfg.from_scratch and cfg.lora,
-        "--lora with --shard is not implemented: adapters are small; use torchrun without --shard": cfg.lora and cfg.shard,
-        "--shard divides the model among processes; start it with torchrun": cfg.shard and "RANK" not in os.environ,
-    }
-    for sentence, broken in refusals.items():
-        if broken:
-            raise BadInput(sentence)
-    return cfg
-
-
-# ------------------------------------------------------------------------------------------------ 2. data and chat templates
-
-MAX_LINE = 10_000_000       # bytes of one data line
-TEMPLATE_SECONDS = 5        # a template that takes longer for one conversation is stopped
-TEMPLATE_BYTES = 2**29      # memory it may take for that, likewise
-
-
-class Row:
-    """One data row, checked: the turns before the answer (or a plain prompt), the answer, perhaps a worse one and a judge."""
-    __slots__ = ("turns", "chosen", "rejected", "judge")
-
-    def __init__(self, raw, where):
-        def need(good, what):
-            if not good:
-                raise BadInput(f"{where}: {what}")
-
-        need(isinstance(raw, dict), 'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
-        conversation = raw.get("messages") if raw.get("chosen") is None else raw["chosen"]
-        if isinstance(conversation, list):
-            need(all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in conversation),
-                 "each message needs a role and a content, both text")
-            need(conversation and conversation[-1]["role"] == "assistant", "the last message must be the assistant's")
-            need(len(conversation) > 1, "a conversation needs a message before the assistant's answer")
-            self.turns, self.chosen = [{k: m[k] for k in ("role", "content")} for m in conversation[:-1]], conversation[-1]["content"]
-        else:
-            for key in ("prompt", "chosen"):
-                need(isinstance(raw.get(key), str), f"{key} is missing or not text; a row needs prompt and chosen, or messages")
-            self.turns, self.chosen = raw["prompt"], raw["chosen"]
-        need(self.chosen.strip(), "the chosen response is empty")
-        rejected = raw.get("rejected")
-        if isinstance(rejected, list):
-            rejected = rejected[-1].get("content", 0) if rejected and isinstance(rejected[-1], dict) else 0
-        need(rejected is None or isinstance(rejected, str) and rejected.strip(), "rejected must be a text that is not empty, or be left out")
-        self.rejected, self.judge = rejected, raw.get("judge")
-        words = lambda value: isinstance(value, list) and all(isinstance(w, str) and w for w in value)
-        need(self.judge is None or isinstance(self.judge, dict) and set(self.judge) <= {"must", "must_not"} and all(map(words, self.judge.values())),
-             'judge must be {"must": [words], "must_not": [words]}')
-
-
-def read_rows(path):
-    """The Rows of a .jsonl, .jsonl.gz or .json file; BadInput with file and line for the first that is malformed."""
-    path, rows, number = Path(path), [], 0
-    if path.suffix == ".parquet":
-        raise BadInput(f"{path}: convert parquet first: python -c \"import pandas; pandas.read_parquet('{path.name}')"
-                       f".to_json('{path.stem}.jsonl', orient='records', lines=True)\"")
-    try:
-        if path.suffix == ".json":
-            whole = read_json(path, "data set")
-            if not isinstance(whole, list):
-                raise BadInput(f"{path}: a .json data file must hold a list of rows; JSON lines go into .jsonl")
-            rows = [Row(raw, f"{path}, row {i + 1}") for i, raw in enumerate(whole)]
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-                while line := f.readline(MAX_LINE + 1):
-                    number += 1
-                    where = f"{path}, line {number}"
-                    if len(line) > MAX_LINE:
-                        raise BadInput(f"{where}: longer than {MAX_LINE:,} bytes; is this a file of JSON lines?")
-                    if line.strip():
-                        rows.append(Row(read_line(line, where), where))
-    except (OSError, EOFError, ValueError, zlib.error) as error:     # ValueError: a name no file can have
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    if not rows:
-        raise BadInput(f"{path}: no rows in it")
-    return rows
-
-
-def read_line(line, where):
-    try:
-        raw = json.loads(line.decode("utf-8-sig"))
-        if b"\\ud" in line.lower():                      # half a surrogate pair is JSON, but it is not text
-            json.dumps(raw, ensure_ascii=False).encode()
-        return raw
-    except UnicodeError:
-        raise BadInput(f"{where}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not JSON ({str(error)[:80]})") from None
-
-
-class Text:
-    """Tokenizer and chat template of a checkpoint, from its companion files {name: bytes}."""
-
-    def __init__(self, files, folder, config, template_file=""):
-        if "tokenizer.json" not in files:
-            raise BadInput(f"{folder}: no tokenizer.json; " + ("convert tokenizer.model with transformers' AutoTokenizer(...).save_pretrained"
-                                                               if "tokenizer.model" in files else "copy it from where the model comes from"))
-        try:
-            self.tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
-            self.tokenizer.no_padding()
-            self.tokenizer.no_truncation()
-            self.tokenizer.encode("Some words", add_special_tokens=True)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:                   # the library raises bare Exception, and where its Rust panics not even that
-            raise BadInput(f"{folder}/tokenizer.json: not a tokenizer ({str(error)[:120]})") from None
-        settings, generation = (json_or_nothing(files.get(n), f"{folder}/{n}") for n in ("tokenizer_config.json", "generation_config.json"))
-        names = {k: settings.get(k) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        names = {k: v.get("content") if isinstance(v, dict) else v for k, v in names.items()}
-        self.special = {k: v for k, v in names.items() if isinstance(v, str)}
-        self.vocab = self.tokenizer.get_vocab_size(with_added_tokens=True)
-        if self.vocab > config.vocab_size:
-            raise BadInput(f"{folder}: the tokenizer has {self.vocab} tokens, the model only {config.vocab_size}; "
-                           "resizing the vocabulary is not implemented, resize and save the model first")
-        self.bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
-        added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.typed = re.compile("|".join(re.escape(t) for t in added.values() if len(t) > 1) or r"(?!)")
-
-        source = files.get("chat_template.jinja", b"").decode("utf-8", "replace") or settings.get("chat_template") or ""
-        if isinstance(source, list):                     # [{name, template}, ...]: take the default one
-            source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), "")
-        if template_file:
-            try:
-                source = Path(template_file).read_text("utf-8")
-            except (OSError, ValueError) as error:
-                raise BadInput(f"--chat-template {template_file}: cannot be read ({error})") from None
-        self.template = compile_template(source) if source else None
-
-        ends = [self.tokenizer.token_to_id(self.special.get("eos_token", ""))]         # the end of an answer is a set of ids
-        for where in (generation, config.source):
-            found = where.get("eos_token_id")
-            ends += found if isinstance(found, list) else [found]
-        self.end = ends[0]
-        if self.template:                                # what the template writes after an answer is in it
-            ask = [{"role": "user", "content": "a"}]
-            opening, whole = (self.tokenizer.encode(t, add_special_tokens=False).ids for t in (
-                self.render(ask, True), self.render(ask + [{"role": "assistant", "content": "b"}])))
-            closing = [i for i in whole[common(opening, whole):] if i in added]
-            self.end = closing[-1] if closing else self.end
-        self.eos = tuple(sorted({i for i in ends + [self.end] if type(i) is int and 0 <= i < self.vocab}))
-        if not self.eos:
-            raise BadInput(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer names one")
-        if self.end not in self.eos:
-            self.end = self.eos[0]
-
-    def render(self, messages, add_generation_prompt=False):
-        """The chat text, exactly as transformers' apply_chat_template(tokenize=False) has it."""
-        try:
-            with time_limit(TEMPLATE_SECONDS), memory_limit(TEMPLATE_BYTES):
-                text = self.template.render(messages=messages, tools=None, documents=None,
-                                            add_generation_prompt=add_generation_prompt, **self.special)
-                text.encode()                            # half a surrogate pair is a string, but it is not text
-                return text
-        except Exception as error:                       # a template can raise anything at all
-            raise BadInput(f"the chat template refuses a conversation of roles {[m['role'][:20] for m in messages][:6]}: "
-                           f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from None
-
-    def encode(self, rows):
-        """[(prompt ids, chosen ids, rejected ids or None)] of Rows, before truncation; responses end in one end token."""
-        texts = []
-        for row in rows:
-            answers = [row.chosen] + ([row.rejected] if row.rejected else [])
-            if not self.template:
-                if not isinstance(row.turns, str):
-                    raise BadInput("the data are conversations, but the checkpoint has no chat template; give one with --chat-template FILE")
-                texts.append((row.turns, *[row.turns + a for a in answers]))
-            else:
-                turns = [{"role": "user", "content": row.turns}] if isinstance(row.turns, str) else row.turns
-                texts.append((self.render(turns, True), *[self.render(turns + [{"role": "assistant", "content": a}]) for a in answers]))
-        ids = iter(e.ids for e in self.tokenizer.encode_batch([t for row in texts for t in row], add_special_tokens=not self.template))
-        encoded = []
-        for row in texts:
-            opening, *wholes = [next(ids) for _ in row]
-            if not self.template and opening and opening != [self.bos] and opening[-1] in self.eos:    # some tokenizers close every text
-                opening = opening[:-1]
-            if not opening and self.bos is not None:                                   # an empty text begins with BOS
-                opening, wholes = [self.bos], [[self.bos] + w for w in wholes]
-            cut = min(common(opening, whole) for whole in wholes)
-            answers = [self.closed(whole[cut:]) for whole in wholes] + [None]
-            encoded.append((opening[:cut], *answers[:2]))
-        return encoded
-
-    def closed(self, ids):
-        """What follows the last end token is dropped; where there is none, one is added."""
-        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.eos), None)
-        return ids + [self.end] if last is None else ids[:last + 1]
-
-    def decode(self, ids, skip_special_tokens=False):
-        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
-
-
-def compile_template(source):
-    """A chat template in jinja2's immutable sandbox, with transformers' settings, filters and globals; the date is frozen."""
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks the assistant's tokens for others; here it only renders what it holds."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(str(message))
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=datetime.datetime(2024, 7, 26).strftime)
-    try:
-        with time_limit(TEMPLATE_SECONDS), memory_limit(TEMPLATE_BYTES):
-            return environment.from_string(source)
-    except Exception as error:                           # constants are folded here, so this can raise anything as well
-        raise BadInput(f"the chat template is not valid Jinja: {' '.join(str(error).split())[:160]}") from None
-
-
-@contextlib.contextmanager
-def time_limit(seconds):
-    """TimeoutError inside after `seconds`, where the system has alarms (not on Windows)."""
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def ring(*_):
-        raise TimeoutError(f"took longer than {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def memory_limit(more):
-    """MemoryError inside beyond `more` bytes of address space above what the process has, where there is a /proc (Linux)."""
-    try:
-        import resource
-        with open("/proc/self/statm", "rb") as f:
-            limit = int(f.read().split()[0]) * resource.getpagesize() + more
-    except (ImportError, OSError):
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if soft == resource.RLIM_INFINITY else min(soft, limit), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def common(a, b):
-    """Length of the longest common prefix."""
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
-
-
-def json_or_nothing(content, name):
-    """An object from JSON bytes; of a broken file nothing, and a warning."""
-    try:
-        value = json.loads(content) if content else {}
-        json.dumps(value, ensure_ascii=False).encode()   # half a surrogate pair is JSON, but it is not text
-        return value if isinstance(value, dict) else {}
-    except (ValueError, RecursionError):
-        print(f"warning: {name} is not valid JSON and is ignored", file=sys.stderr)
-        return {}
-
-
-class Data:
-    """Rows as token ids in two integer arrays, truncated; data[i] is an Example. judges: {i: judge}."""
-
-    def __init__(self, rows, text, cfg, name, show=False):
-        tokens, ends, self.judges = array("i"), array("q"), {}
-        cut_prompts = cut_responses = dropped = typed = 0
-        for start in tqdm(range(0, len(rows), 1000), desc=f"tokenising {name}", disable=not show or len(rows) < 5000, leave=False):
-            part = rows[start:start + 1000]
-            for row, (prompt, chosen, rejected) in zip(part, text.encode(part)):
-                words = [row.turns] if isinstance(row.turns, str) else [m["content"] for m in row.turns]
-                typed += any(map(text.typed.search, [*words, row.chosen]))
-                if len(prompt) > cfg.max_prompt_length:
-                    head = prompt[:1] if prompt[0] == text.bos else []
-                    prompt = head + prompt[len(prompt) - cfg.max_prompt_length + len(head):]
-                    cut_prompts += 1
-                room = cfg.max_length - len(prompt)
-                chosen, rejected = chosen[:room], rejected and rejected[:room]
-                cut_responses += 0 < len(chosen) == room and chosen[-1] not in text.eos
-                if not prompt or not chosen or chosen[0] in text.eos:
-                    dropped += 1                         # nothing to learn from, or nothing before the response
-                    continue
-                if row.judge is not None:
-                    self.judges[len(ends) // 3] = row.judge
-                for ids in (prompt, chosen, rejected or ()):
-                    tokens.extend(ids)
-                    ends.append(len(tokens))
-        self.tokens, self.ends = np.array(tokens, np.int32), np.array(ends, np.int64).reshape(-1, 3)
-        self.note = (f"{name}: {len(self):,} rows, {len(self.tokens):,} tokens; {cut_prompts} prompts cut on the left, "
-                     f"{cut_responses} responses cut on the right, {dropped} rows dropped as nothing of the response was left"
-                     + (f"; warning: {typed} rows have special tokens typed inside their text, and the model reads them as real" if typed else ""))
-        if dropped > len(rows) / 2:
-            raise BadInput(f"{self.note}; raise --max-length or lower --max-prompt-length")
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, i):
-        start = self.ends[i - 1, 2] if i else 0
-        prompt, chosen, rejected = (x.tolist() for x in np.split(self.tokens[start:self.ends[i, 2]], self.ends[i, :2] - start))
-        return Example(prompt, chosen, rejected or None, int(i))
-
-    def fingerprint(self):
-        judges = json.dumps(self.judges, sort_keys=True).encode()
-        return hashlib.sha256(self.tokens.tobytes() + self.ends.tobytes() + judges).hexdigest()[:16]
-
-
-class Draw:
-    """[1]: mini-batches of a Data without end, each epoch in a new order; of each batch a process gets its own part.
-
-    Batch b of all processes together is places b * batch_size ... of the endless sequence of epochs, so the position is
-    one number, and no row is left out or seen twice within an epoch, whatever the number of processes.
-    """
-
-    def __init__(self, data, batch_size, seed, world):
-        self.data, self.batch_size, self.seed, self.world, self.batch = data, batch_size, seed, world, 0
-
-    def __call__(self, n):
-        """The next n rows of this process, whole batches."""
-        mine = self.batch_size // self.world.size
-        places = [(self.batch + b) * self.batch_size + self.world.rank * mine + i for b in range(n // mine) for i in range(mine)]
-        self.batch += n // mine
-        return [self.data[self._order(p // len(self.data))[p % len(self.data)]] for p in places]
-
-    @functools.lru_cache(maxsize=2)
-    def _order(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
-
-
-def find_model(name, world):
-    """(folder, commit or None) of --model: a local folder, else a hub name[@revision], fetched by each node's first process."""
-    if Path(name).is_dir():
-        return Path(name), None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    repo, _, revision = name.partition("@")
-    patterns = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json",
-                "*.jinja", "LICENSE*"]                   # not every *.safetensors: Mistral's come twice
-
-    def fetch():
-        try:
-            return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-        except HFValidationError:
-            raise BadInput(f"--model {name}: no such folder, and not a hub name either") from None
-        except GatedRepoError:
-            raise BadInput(f"--model {name}: the repository is gated; accept its terms on the hub, then run: hf auth login") from None
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise BadInput(f"--model {name}: no such folder, and the hub knows no such repository or revision") from None
-        except Exception as error:                       # offline, timed out, proxy: the hub's client raises many kinds
-            raise BadInput(f"--model {name}: no such folder, and the hub cannot be reached ({type(error).__name__}); "
-                           "download the repository elsewhere and give its folder") from None
-
-    world.together(lambda: world.local == 0 and fetch())
-    folder = world.together(fetch)
-    return folder, folder.name
-
-
-def refuse_links(folder):
-    """A model folder is read, and partly copied into the run's, so its files must be its own, or blobs of the hub's cache."""
-    home = folder.resolve()
-    for path in folder.iterdir():
-        if path.is_symlink() and not path.is_dir() and not any(path.resolve().is_relative_to(p) for p in (home, home.parent.parent / "blobs")):
-            raise BadInput(f"{path}: a link out of the model folder; put the file itself there")
-
-
-# ------------------------------------------------------------------------------------------------ 3. processes
-
-class World:
-    """This process among all: rank, size, device. Without torchrun it is alone and every call returns at once."""
-
-    def __init__(self, device="auto"):
-        self.rank, self.size, self.local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.first, self.many, self.group = self.rank == 0, "RANK" in os.environ, None
-        if self.many:            # before the flags are read, so that what one process refuses (a folder its node lacks), all refuse
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
-            self.group = dist.new_group(backend="gloo")  # for plain values: works the same beside NCCL
-        if device:
-            self.place(device)
-
-    def place(self, device):
-        """Take a device: cpu, cuda, mps, or auto."""
-        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(f"cuda:{self.local}" if kind == "cuda" else kind)
-        if self.many and kind == "cuda":
-            torch.cuda.set_device(self.device)
-
-    def all(self, value):
-        """Every process's value, as a list, on every process."""
-        values = [value]
-        if self.many:
-            values = [None] * self.size
-            dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def sum(self, values):
-        """Sums of a list of numbers over all processes."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        if self.many:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor.tolist()
-
-    def mean(self, metrics):
-        """Metrics with each float replaced by its mean over processes; each has as many pairs, so means of means are means."""
-        keys = sorted(k for k, v in metrics.items() if isinstance(v, float))
-        return metrics | {k: v / self.size for k, v in zip(keys, self.sum([metrics[k] for k in keys]))}
-
-    def together(self, function):
-        """function() on every process; what one refuses, all refuse, so that none waits for another for ever."""
-        result = refusal = None
-        try:
-            result = function()
-        except BadInput as error:
-            refusal = str(error)
-        for rank, sentence in enumerate(self.all(refusal)):
-            if sentence:
-                raise BadInput(sentence + (f" (process {rank} of {self.size}: every node must see what is read)" if rank else ""))
-        return result
-
-    def close(self):
-        if self.many and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def divide(model, world, half):
-    """FSDP2: each block's parameters are divided among the processes, float32 shards, bfloat16 compute if `half`."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=MixedPrecisionPolicy(
-        **(dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {})))
-    for block in model.model.layers:
-        fully_shard(block, **how)
-    # left to itself, the root stays whole after a forward pass until the backward pass, which a reference never has
-    return fully_shard(model, reshard_after_forward=True, **how)
-
-
-def whole(tensor):
-    """A tensor that may be divided, in one piece (all processes together), on the CPU."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
-
-
-def like(tensor, parameter):
-    """A whole tensor divided and placed as `parameter` is."""
-    tensor = tensor.to(parameter.device)
-    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-@torch.no_grad()
-def fill(model, weights):
-    """Copy (name, whole tensor) pairs into a model that may be divided."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights:
-        if name in parameters:
-            parameters[name].copy_(like(tensor, parameters[name]))
-    return model
+from buffer import Pair, ReplayBuffer, collate, pack, unpack
+from losses import token_scores
+from machine.checkpoint import (
+    checksum,
+    clear_up,
+    deal,
+    from_disk,
+    lock,
+    newest_checkpoint,
+    write_checkpoint,
+)
+from machine.dataset import Data, Draw, Text, read_rows
+from machine.flags import flag_of, parse
+from machine.folders import (
+    BadInput,
+    check_weights,
+    companions,
+    config_from_dict,
+    config_to_dict,
+    find_model,
+    load_pretrained,
+    new_folder,
+    read_json,
+    read_weights,
+    refuse_links,
+    save_adapter,
+    save_pretrained,
+    saved_dtype,
+    write_json,
+)
+from machine.parallel import World, divide, fill, like, whole
+from machine.report import (
+    Held,
+    Log,
+    draw_curves,
+    evaluate,
+    one_line,
+    pair_text,
+    passes,
+    print_table,
+    show_pair,
+)
+from model import (
+    Transformer,
+    add_lora,
+    blank,
+    generate,
+    plain_weights,
+    twin,
+)
+from sapo import SAPOConfig, State, copy_parameters, make_pairs, sapo_step
 
 
 # ------------------------------------------------------------------------------------------------ 4. schedule and optimizer
-
 def learning_rate(step, steps, cfg, peak):
     """Linear warm-up to `peak`, then the decay. step counts from 0; the last step of linear is the last above 0."""
     warmup = round(steps * float(cfg.warmup[:-1]) / 100) if cfg.warmup.endswith("%") else int(cfg.warmup)
@@ -676,11 +91,13 @@ def learning_rate(step, steps, cfg, peak):
                    "inverse_sqrt": math.sqrt(max(1, warmup) / max(1, step)), "constant": 1.0}[cfg.lr_scheduler]
 
 
+
 def make_optimizer(model, cfg):
     parameters = [p for p in model.parameters() if p.requires_grad]
     if cfg.optimizer == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=cfg.lr)
     return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
 
 
 def warm_up_step(policy, optimizer, examples, micro, cfg, autocast):
@@ -704,289 +121,8 @@ def warm_up_step(policy, optimizer, examples, micro, cfg, autocast):
     return {"loss": total / len(examples), "grad_norm": norm.item(), "bad_rows": bad_rows}
 
 
-# ------------------------------------------------------------------------------------------------ 5. evaluation
-
-@dataclasses.dataclass
-class Held:
-    """Held-out rows: pairs whose y- stays the same all run long, and the starting model's log-prob gaps on them."""
-    data: Data
-    pairs: list             # this process's: every size-th, so that shares differ by one at most
-    gaps: list              # log p(y+) - log p(y-) of the starting model, in nats; empty until it was measured
-
-
-def passes(answer, judge):
-    """True if every word (or phrase) of judge["must"] stands in the answer and none of judge["must_not"]; case aside."""
-    has = lambda phrase: re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", answer, re.IGNORECASE) is not None
-    return all(map(has, judge.get("must", ()))) and not any(map(has, judge.get("must_not", ())))
-
-
-@torch.no_grad()
-def evaluate(model, held, writer, cfg, world, text, autocast, poll, full=True):
-    """{metric: value} of one model on the held-out rows, over all processes. `writer(pairs, temperature, top_k, top_p)` answers.
-
-    nll: per token of y+. accuracy: share of rows whose mean log-prob is higher for y+ than for y-; no reference.
-    margin: log p(y+) - log p(y-), less the starting model's. judge: share of answers that pass, greedy, and with `full` also
-    at the run's own sampling settings and at temperature 1.
-    """
-    model.eval()
-    sums, gaps = np.zeros(5), []                         # nll, tokens, right, margins, rows
-    for i in range(0, -(-len(held.data) // world.size), cfg.micro_batch):
-        poll()
-        part = held.pairs[i:i + cfg.micro_batch]
-        if part:
-            batch = collate(part).to(world.device)
-            with autocast():
-                chosen, rejected = score(model, batch)
-            gap, lengths = chosen - rejected, batch.lengths
-            right = (chosen / lengths[:, 0] > rejected / lengths[:, 1]).sum()
-            start = held.gaps[i:i + cfg.micro_batch] or gap.tolist()
-            gaps += gap.tolist()
-            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right.item(), math.fsum(gap.tolist()) - math.fsum(start), len(gap)]
-    held.gaps = held.gaps or gaps
-    nll, tokens, right, margins, rows = world.sum(sums.tolist())
-    table = {"nll": nll / tokens, "accuracy": right / rows, "margin": margins / rows}
-    judged = [p for p in held.pairs if p.row in held.data.judges]
-    ways = {"greedy": (0, 0, 1.0), "sampled": (cfg.temperature, cfg.top_k, cfg.top_p), "temperature 1": (1.0, 0, 1.0)}
-    for way, settings in ways.items() if held.data.judges else ():
-        if way == "greedy" or full:
-            answers = writer(model, judged, *settings)
-            good = sum(passes(text.decode(a, True), held.data.judges[p.row]) for p, a in zip(judged, answers))
-            table[f"judge, {way}"] = world.sum([good])[0] / len(held.data.judges)
-    model.train()
-    return table
-
-
-def print_table(table):
-    """{model: {metric: value}} as aligned text."""
-    columns = list(next(iter(table.values())))
-    print("\nheld out  " + "  ".join(c.rjust(max(8, len(c))) for c in columns))
-    for name, row in table.items():
-        print(f"{name:<8}  " + "  ".join(f"{row[c]:.3f}".rjust(max(8, len(c))) for c in columns))
-    print()
-
-
-# ------------------------------------------------------------------------------------------------ 6. log and plots
-
-class Log:
-    """metrics.jsonl, pairs.jsonl and the screen; only rank 0 writes. `sizes` and `cut` make a resumed log seamless."""
-
-    def __init__(self, folder, first):
-        self.first, paths = first, {name: folder / f"{name}.jsonl" for name in ("metrics", "pairs") if first}
-        self.new = {name for name, path in paths.items() if not path.exists()}
-        self.files = {name: open(path, "a", encoding="utf-8") for name, path in paths.items()}
-
-    def write(self, name, row):
-        if self.first:
-            rounded = {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}
-            self.files[name].write(json.dumps(rounded, ensure_ascii=False) + "\n")
-            self.files[name].flush()
-
-    def say(self, line):
-        if self.first:
-            tqdm.write(line)
-
-    def sizes(self):
-        """{name: (bytes, checksum)} of what was written so far, which the disk holds from now on."""
-        for f in self.files.values():
-            os.fsync(f.fileno())
-        return {name: (os.path.getsize(f.name), checksum(f.name)) for name, f in self.files.items()}
-
-    def cut(self, sizes):
-        """Take back what was written after a checkpoint: no line twice, none missing. A log that was deleted begins anew."""
-        for name in [name for name in self.files if name in self.new and sizes[name][0]]:
-            self.say(f"warning: {self.files[name].name} is gone; its lines from before are lost, and the run goes on without them")
-            sizes = sizes | {name: (0, None)}
-        for name, f in self.files.items():
-            size, known = sizes[name]
-            if size and checksum(f.name, size) != known:
-                raise BadInput(f"{f.name} does not begin as it did when the checkpoint was written; put it back, or delete it to go on without those lines")
-        for name, f in self.files.items():
-            f.truncate(sizes[name][0])
-
-
-def pair_text(pair, text):
-    """A triple as text, in its parts, and in ids. Each part is what it adds to the text before it: Llama's tokenizers strip a first space."""
-    def part(ids, start=0, stop=None):
-        return text.decode(ids[:stop])[len(text.decode(ids[:start])):]
-
-    return {"step": pair.step, "row": pair.row, "prompt": part(pair.prompt), "A": part(pair.chosen, 0, pair.start),
-            "B": part(pair.chosen, pair.start, pair.stop), "B'": part(pair.rejected, pair.start, pair.rejected_stop),
-            "C": part(pair.chosen, pair.stop), "C kept": pair.rejected_stop < len(pair.rejected) or pair.stop == len(pair.chosen),
-            "ids": [pair.prompt, pair.chosen, pair.rejected], "cuts": [pair.start, pair.stop, pair.rejected_stop]}
-
-
-def one_line(s, width):
-    s = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(s.split()))       # what a file says must not steer the screen
-    return s if len(s) <= width else s[:width // 2 - 1] + " … " + s[-(width // 2 - 2):]
-
-
-def show_pair(parts):
-    A, B, new, C = (one_line(parts[k], width) for k, width in (("A", 40), ("B", 60), ("B'", 60), ("C", 40)))
-    return f"    y+  {A} [{B}] {C}\n    y-  {A} [{new}] {C if parts['C kept'] else ''}"
-
-
-PANELS = {      # title: keys of metrics.jsonl
-    "loss": ["loss"], "reward margin (nats)": ["rewards/margins"], "log-probs of the drawn pairs (nats)": ["logps/chosen", "logps/rejected"],
-    "share of drawn pairs with y+ ahead": ["rewards/accuracies"], "judge: y+ and y- that pass": ["pairs/chosen_judge", "pairs/rejected_judge"],
-    "where y- loses (nats)": ["pairs/segment_gap", "pairs/seam_gap"], "age of a drawn pair (steps)": ["buffer/age"],
-    "held out": ["eval/policy/accuracy", "eval/policy/judge, greedy", "eval/ema/judge, greedy"],
-}
-
-
-def draw_curves(folder):
-    """curves.png from metrics.jsonl: what went on, at a glance. Says so where matplotlib is missing."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no curves.png: matplotlib is not installed")
-    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
-    panels = {title: {k: [(r["step"], r[k]) for r in lines if k in r and "step" in r] for k in keys} for title, keys in PANELS.items()}
-    panels = {title: {k: np.array(v, float).T for k, v in curves.items() if v} for title, curves in panels.items() if any(curves.values())}
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for key, (x, y) in curves.items():
-            label = key.rpartition("/")[2] if not key.startswith("eval/") else key.removeprefix("eval/").replace("/", ": ")
-            if len(y) > 20:                              # the line is a running mean, the points are faint
-                n = max(3, len(y) // 20)
-                points = axis.plot(x, y, ".", markersize=2, alpha=0.35)[0]
-                smooth = np.convolve(np.pad(y, (n // 2, n - 1 - n // 2), "edge"), np.ones(n) / n, "valid")
-                axis.plot(x, smooth, color=points.get_color(), label=label)
-            else:
-                axis.plot(x, y, "o-", markersize=3, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
-        if len(curves) > 1:
-            axis.legend(fontsize=8, frameon=False)
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis in axes[1]:
-        axis.set_xlabel("step", fontsize=9)
-    figure.savefig(folder / ".curves.png", dpi=100, format="png")
-    (folder / ".curves.png").replace(folder / "curves.png")
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------ 7. checkpoint and resume
-
-def to_disk(value, path):
-    """Write nested dicts and lists of tensors, arrays and plain values as path.json and path.safetensors. No pickle."""
-    tensors = {}
-
-    def walk(v, name):
-        if isinstance(v, (torch.Tensor, np.ndarray)):
-            tensors[name] = torch.from_numpy(v) if isinstance(v, np.ndarray) else v.detach().cpu().contiguous()
-            return {"#array" if isinstance(v, np.ndarray) else "#tensor": name}
-        if isinstance(v, dict):
-            return {k: walk(x, f"{name}.{k}") for k, x in v.items()}
-        return [walk(x, f"{name}.{i}") for i, x in enumerate(v)] if isinstance(v, (list, tuple)) else v
-
-    plain = walk(value, path.name)
-    save_file(tensors, path.with_suffix(".safetensors"))
-    path.with_suffix(".json").write_text(json.dumps(plain), "utf-8")
-
-
-def from_disk(path):
-    """What `to_disk` wrote."""
-    tensors = load_file(path.with_suffix(".safetensors"))
-
-    def walk(v):
-        if isinstance(v, dict):
-            if "#tensor" in v:
-                return tensors[v["#tensor"]]
-            return tensors[v["#array"]].numpy() if "#array" in v else {k: walk(x) for k, x in v.items()}
-        return [walk(x) for x in v] if isinstance(v, list) else v
-
-    return walk(json.loads(path.with_suffix(".json").read_text("utf-8")))
-
-
-def write_checkpoint(folder, parts, keep, world):
-    """folder (checkpoint/step-N) from (name, value) parts and a manifest: written beside, flushed to disk, then renamed.
-
-    All processes walk through `parts`, as divided tensors are gathered on the way; rank 0 writes.
-    """
-    with new_folder(folder) if world.first else contextlib.nullcontext() as temporary:
-        for name, value in parts:
-            if world.first:
-                to_disk(value, temporary / name)
-        if world.first:
-            write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in sorted(temporary.iterdir())})
-    if world.first:
-        flush(folder.parent.parent)
-        for old in sorted(p for p in folder.parent.glob("step-*") if p.name <= folder.name)[:-keep]:         # a later one is torn, and does not count
-            shutil.rmtree(old, ignore_errors=True)
-    world.all(None)
-
-
-def checksum(path, size=None):
-    """SHA-256 of a file, or of its first `size` bytes."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read(size)).hexdigest() if size else hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def newest_checkpoint(out):
-    """The newest sound checkpoint folder of a run, or None if there is none at all; a torn one is named and passed over."""
-    folders = sorted((out / "checkpoint").glob("step-*"), reverse=True)
-    for folder in folders:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-            for name in {*manifest, "shared.json", "shared.safetensors", "rank-0.json", "rank-0.safetensors"}:
-                if [(folder / name).stat().st_size, checksum(folder / name)] != manifest.get(name):
-                    raise ValueError(f"{name} is not what was written")
-            return folder
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            print(f"warning: passing over {folder}: {error}", file=sys.stderr)
-    if folders:
-        raise BadInput(f"{out / 'checkpoint'}: none of the checkpoints is whole; put one back, or delete this folder to begin again")
-
-
-def lock(out):
-    """Take a run folder for this process, until the file that this returns is closed; refused while another process has it."""
-    with contextlib.suppress(ImportError):               # not on Windows
-        import fcntl
-        file = open(out / "config.json", "rb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise BadInput(f"{out}: another process is writing this run; wait for it, or stop it first") from None
-        except OSError:                                  # a file system without locks
-            pass
-        return file
-
-
-def clear_up(out):
-    """Delete what a killed process was about to write in a run folder."""
-    for path in [path for pattern in ("*.tmp", ".*.old", "checkpoint/*.tmp", "checkpoint/.*.old") for path in out.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def deal(parts, batch_size, world):
-    """One process's part of a run saved by len(parts) processes, dealt out again if that was another number.
-
-    Buffer: all pairs, oldest first, one to each process in turn. Written ahead: batch by batch, likewise. Held out: by
-    row. No pair is lost or doubled. Generators are new then; with as many processes as before they go on bit for bit.
-    """
-    if len(parts) == world.size:
-        return parts[world.rank]
-    mine, own = slice(world.rank, None, world.size), {}
-    buffers = [unpack(p["buffer"]["pairs"]) for p in parts]
-    pairs = sorted((pair for b in buffers for pair in b), key=lambda pair: pair.step)[mine]
-    own["buffer"] = {"capacity": sum(p["buffer"]["capacity"] for p in parts) // world.size, "pairs": pack(pairs), "rng": None}
-    written, each = [unpack(p["written"]) for p in parts], batch_size // len(parts)
-    batches = range(0, len(written[0]), each)
-    own["written"] = pack([pair for i in batches for pair in [pair for w in written for pair in w[i:i + each]][mine]])
-    gaps = [p["gaps"] or [None] * len(unpack(p["held"])) for p in parts]
-    held = sorted(((q, gap) for p, g in zip(parts, gaps) for q, gap in zip(unpack(p["held"]), g)), key=lambda x: x[0].row)[mine]
-    own |= {"held": pack([q for q, _ in held]), "gaps": [gap for _, gap in held if gap is not None], "cuts": None, "sampler": None}
-    return own
-
 
 # ------------------------------------------------------------------------------------------------ 8. the loop
-
 class Run:
     """One training run in one process: everything prepared and checked once, then `train`."""
 
@@ -1015,7 +151,7 @@ class Run:
     def prepare(self):
         cfg, world = self.cfg, self.world
         rows = {name: read_rows(getattr(cfg, name)) for name in ("data", "sft_data", "eval_data") if getattr(cfg, name)}
-        self.config = ModelConfig.from_dict(read_json(self.source / "config.json", "model folder"))
+        self.config = config_from_dict(read_json(self.source / "config.json", "model folder"))
         refuse_links(self.source)
         self.files = companions(self.source)
         if self.resume:
@@ -1099,7 +235,7 @@ class Run:
             (temporary / "source").mkdir()
             for name, content in self.files.items():
                 (temporary / "source" / name).write_bytes(content)
-            write_json(temporary / "source" / "config.json", self.config.to_dict(self.dtype))
+            write_json(temporary / "source" / "config.json", config_to_dict(self.config, self.dtype))
             write_json(temporary / "config.json", {
                 "settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps, "world_size": self.world.size,
                 "model_commit": self.commit, "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos),
@@ -1489,12 +625,15 @@ class Run:
                 f"|{'---|' * (len(heads) + 1)}\n" + "\n".join(rows) + f"\n\nSettings:\n\n{settings}\n")
 
 
+
 class Stopped(Exception):
     """The run was asked to stop, and has saved."""
 
 
+
 class Diverged(Exception):
     """Too many steps in a row were not finite."""
+
 
 
 def main(argv=None):
@@ -1544,8 +683,6 @@ def main(argv=None):
             run.lock.close()
         if world and shared:         # NCCL's farewell waits for all; torchrun ends the others when one has left
             world.close()
-
-
 if __name__ == "__main__":
     try:
         code = main()

@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from conftest import fits
 
 from buffer import Pair, ReplayBuffer, pack, unpack
+from conftest import fits
 
 
 def some_pairs(n, seed=0):

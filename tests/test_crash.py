@@ -27,13 +27,30 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-
-from conftest import ROOT
+from test_run import (  # noqa: F401
+    at_call,
+    checkpoints,
+    copy,
+    differences,
+    lines,
+    make_world,
+    metrics,
+    resume,
+    run,
+    send,
+    start,
+    stop_at,
+    whole,
+    world,
+)
 
 import model
-import sapo
 import train
-from test_run import at_call, checkpoints, copy, differences, lines, make_world, metrics, resume, run, send, start, stop_at, whole, world  # noqa: F401
+from buffer import unpack
+from losses import preference_loss, token_scores
+from machine.checkpoint import from_disk, newest_checkpoint, write_checkpoint
+from machine.parallel import World
+from sapo import sapo_step
 
 SIGKILL = getattr(signal, "SIGKILL", None)
 
@@ -204,13 +221,13 @@ def test_a_checkpoint_gets_its_name_only_when_the_disk_holds_it_and_the_logs(wor
 
 def test_pruning_never_takes_the_checkpoint_just_written(tmp_path):
     """A later one lies there torn, after a resume from before it: it does not count among those kept."""
-    alone = train.World("cpu")
+    alone = World("cpu")
     for n in (2, 4, 6):
-        train.write_checkpoint(tmp_path / f"checkpoint/step-{n:08d}", [("shared", {"n": n}), ("rank-0", {})], 9, alone)
+        write_checkpoint(tmp_path / f"checkpoint/step-{n:08d}", [("shared", {"n": n}), ("rank-0", {})], 9, alone)
     (checkpoints(tmp_path)[-1] / "shared.json").write_text("torn")
-    assert train.newest_checkpoint(tmp_path).name == "step-00000004"
-    train.write_checkpoint(tmp_path / "checkpoint/step-00000005", [("shared", {"n": 5}), ("rank-0", {})], 1, alone)
-    assert train.newest_checkpoint(tmp_path).name == "step-00000005"
+    assert newest_checkpoint(tmp_path).name == "step-00000004"
+    write_checkpoint(tmp_path / "checkpoint/step-00000005", [("shared", {"n": 5}), ("rank-0", {})], 1, alone)
+    assert newest_checkpoint(tmp_path).name == "step-00000005"
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005", "step-00000006"]
 
 
@@ -289,11 +306,11 @@ def test_every_damage_to_every_file_of_a_checkpoint_is_seen(copy, capsys):
             damage(path)
             if path.exists() and path.read_bytes() == content:
                 continue                                 # both steps have the same
-            assert train.newest_checkpoint(copy) == before, f"{path.name} {what}"
+            assert newest_checkpoint(copy) == before, f"{path.name} {what}"
             assert f"passing over {newest}" in capsys.readouterr().err
             path.write_bytes(content)
             cases += 1
-    assert cases > 130 and train.newest_checkpoint(copy) == newest and not capsys.readouterr().err
+    assert cases > 130 and newest_checkpoint(copy) == newest and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["policy.safetensors", pytest.param("rank-0.json", marks=pytest.mark.slow), pytest.param("manifest.json", marks=pytest.mark.slow)])
@@ -432,7 +449,7 @@ def test_a_small_disk_fills_up_and_the_run_goes_on_where_there_is_more_room(worl
     out = small_disk(f"size={kilobytes}k") / "run"
     line = one_line_of_failure(run(out, *world, hook=roomy, code=1, log=tmp_path / "log"))
     if checkpoints(out):
-        assert train.newest_checkpoint(out) == checkpoints(out)[-1]
+        assert newest_checkpoint(out) == checkpoints(out)[-1]
     assert ("nothing was written" in line) == (not out.exists())
     subprocess.run(["mount", "-o", "remount,size=9m", out.parent], check=True)
     go_on(out, world, log=tmp_path / "log")
@@ -461,7 +478,7 @@ def test_a_read_only_disk_is_one_line_and_no_harm(world, whole, small_disk, tmp_
 
 def plant(what, steps, note):
     """A hook: NaN in the weights, the batch or the gradient at these SAPO steps; `note` gets what moved in each, by step."""
-    original, losses, current = train.sapo_step, sapo.preference_loss, [0]
+    original, losses, current = sapo_step, preference_loss, [0]
 
     def everything(state):
         moments = [v for m in state.optimizer.state_dict()["state"].values() for v in m.values()]
@@ -491,7 +508,7 @@ def plant(what, steps, note):
             value = value * torch.tensor([float("nan")] + [1.0] * (len(value) - 1))
         return value, parts
 
-    train.sapo_step, sapo.preference_loss, train.draw_curves = step, loss, lambda folder: None
+    sapo_step, preference_loss, train.draw_curves = step, loss, lambda folder: None
 
 
 def signal_in_a_bad_step(note):
@@ -511,7 +528,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_too_many_stop_the_run(world
         assert bool(moved[step]["bad"]) == (what != "gradient") and set(moved[step]["bad"]) <= set(moved[step]["rows"])
         assert f"data rows {sorted(set(moved[step]['bad']))}" in printed
     newest = checkpoints(out)[-1]
-    assert newest.name == "step-00000008" and train.newest_checkpoint(out) == newest         # from before the first of them
+    assert newest.name == "step-00000008" and newest_checkpoint(out) == newest         # from before the first of them
     assert all(t.isfinite().all() for f in newest.glob("*.safetensors") for t in load_file(f).values() if t.is_floating_point())
     resume(out, "--max-bad-steps", 5)                                                        # and without the NaN all is well
     assert not differences(whole, out)
@@ -537,13 +554,13 @@ def test_a_signal_after_a_bad_step_does_not_claim_to_have_saved(world, whole, tm
 
 
 def bad_warm_up(steps):
-    original, calls = train.token_scores, [0]
+    original, calls = token_scores, [0]
 
     def scores(*arguments):
         calls[0] += 1                                    # two micro-batches a step
         return original(*arguments) * (float("nan") if (calls[0] + 1) // 2 in steps else 1.0)
 
-    train.token_scores, train.draw_curves = scores, lambda folder: None
+    token_scores, train.draw_curves = scores, lambda folder: None
 
 
 def test_the_warm_up_stops_for_bad_steps_too(world, whole, tmp_path):
@@ -580,7 +597,7 @@ def soak(steps, world, folder):
           f"steps per second {speed[0]:.1f} in the first tenth, {speed[1]:.1f} in the last, ratio {speed[1] / speed[0]:.3f}")
     assert [r["step"] for r in rows] == list(range(1, steps + 1))
     assert [r["buffer/size"] for r in rows] == [min(batch * n, capacity) for n in range(1, steps + 1)]
-    pairs = train.unpack(train.from_disk(checkpoints(out)[-1] / "rank-0")["buffer"]["pairs"])
+    pairs = unpack(from_disk(checkpoints(out)[-1] / "rank-0")["buffer"]["pairs"])
     assert [p.step for p in pairs] == [n for n in range(steps - capacity // batch, steps) for _ in range(batch)]
     assert abs(sum(p.uses for p in pairs) / len(pairs) - 0.5) < 0.5      # a pair of age a was drawn a / 16 times, on average
     print("buffer counts right")

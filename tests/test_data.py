@@ -22,12 +22,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NUMBERS, ROOT
 from tokenizers import Tokenizer, processors
 
 import train
-from model import BadInput, ModelConfig, Transformer, companions, read_config, save_pretrained
-from train import Config, Data, Draw, Row, Text, find_model, learning_rate, parse, passes, read_rows
+from conftest import NUMBERS, ROOT
+from machine.dataset import Data, Draw, Row, Text, read_rows
+from machine.flags import PRESETS, Config, flag_of, kind_of, parse
+from machine.folders import BadInput, companions, find_model, read_config, save_pretrained
+from machine.parallel import World
+from machine.report import passes
+from model import ModelConfig, Transformer
+from train import learning_rate
 
 TINY = ROOT / "data/tiny_model"
 SOME = ["--model", "m", "--data", "d"]
@@ -311,7 +316,7 @@ def test_a_batch_may_be_larger_than_the_data():
 def another(f):
     """A value of a setting, other than its default, that is allowed beside all defaults."""
     texts = {"segment": "7%", "ema_every": "epoch", "ref_refresh": "never", "warmup": "3", "lora_projections": "q_proj,o_proj"}
-    kind = train.kind_of(f)
+    kind = kind_of(f)
     if f.metadata.get("choices"):
         return next(c for c in f.metadata["choices"] if c not in (f.default, "cuda", "mps"))
     return not f.default if kind is bool else texts.get(f.name, "x") if kind is str else f.default / 2 + 0.2 if kind is float else (f.default or 70) + 1
@@ -323,7 +328,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_is_a_flag(name, monkeypatch):
     monkeypatch.setenv("RANK", "0")                      # --shard wants torchrun
-    value, flag = another(FIELDS[name]), train.flag_of(name)
+    value, flag = another(FIELDS[name]), flag_of(name)
     more = ["--sft-steps", "3"] if name == "from_scratch" else []
     cfg, *_ = parse([*SOME, *more, *([flag] if value is True else [flag, str(value)])])
     base, *_ = parse([*SOME, *more])
@@ -338,7 +343,7 @@ def test_help_names_every_flag_with_its_default_and_source(capsys):
     assert end.value.code == 0
     for name, f in FIELDS.items():
         default = "none" if f.default in ("", None) else f.default
-        assert train.flag_of(name) in text and "".join(f"{f.metadata['help']}[{default};{f.metadata['source']}]".split()) in text
+        assert flag_of(name) in text and "".join(f"{f.metadata['help']}[{default};{f.metadata['source']}]".split()) in text
         assert f.metadata["source"] in ("ours", "paper", "authors' code", "SLiC-HF") or ";" in f.metadata["source"]
 
 
@@ -348,7 +353,7 @@ def test_a_switch_can_be_switched_off():
 
 def test_nothing_given_is_the_tiny_world_and_a_model_or_data_the_papers_dpo():
     cfg, preset, resume = parse([])
-    assert (preset, resume) == ("tiny", None) and all(getattr(cfg, k) == v for k, v in train.PRESETS["tiny"].items())
+    assert (preset, resume) == ("tiny", None) and all(getattr(cfg, k) == v for k, v in PRESETS["tiny"].items())
     for path in (cfg.model, cfg.data, cfg.eval_data, cfg.sft_data):
         assert Path(path).exists()
     cfg, preset, _ = parse(SOME)
@@ -430,20 +435,20 @@ def hub(monkeypatch, tmp_path):
 
 def test_a_local_folder_beats_a_hub_name(hub, tmp_path):
     (tmp_path / "org/name").mkdir(parents=True)
-    assert find_model("org/name", train.World("cpu")) == (Path("org/name"), None) and not hub.asked
+    assert find_model("org/name", World("cpu")) == (Path("org/name"), None) and not hub.asked
 
 
 @pytest.mark.parametrize("name, repo, revision", [
     ("org/name", "org/name", None), ("org/name@v1.0", "org/name", "v1.0"), ("name@refs/pr/3", "name", "refs/pr/3")])
 def test_a_hub_name_may_carry_a_revision_and_its_commit_is_kept(hub, name, repo, revision):
-    assert find_model(name, train.World("cpu")) == (hub.answer, "0a1b2c")
+    assert find_model(name, World("cpu")) == (hub.answer, "0a1b2c")
     assert {(r, more["revision"]) for r, more in hub.asked} == {(repo, revision)}
 
 
 def test_only_what_is_needed_is_asked_for(hub):
     """No pickles, no second copy of the weights in another format, no code."""
     from huggingface_hub.utils import filter_repo_objects
-    find_model("org/name", train.World("cpu"))
+    find_model("org/name", World("cpu"))
     (_, more), *_ = hub.asked
     assert list(filter_repo_objects(REPOSITORY, allow_patterns=more["allow_patterns"])) == NEEDED
 
@@ -464,7 +469,7 @@ def hub_error(name):
 def test_what_goes_wrong_at_the_hub_is_told_with_what_to_do(hub, error, words):
     hub.answer = hub_error(error) if isinstance(error, str) else error
     with pytest.raises(BadInput, match=f"^--model org/name: .*{words}") as refusal:
-        find_model("org/name", train.World("cpu"))
+        find_model("org/name", World("cpu"))
     assert "\n" not in str(refusal.value) and len(hub.asked) == 1
 
 
@@ -472,7 +477,7 @@ def test_offline_a_hub_name_is_refused_with_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(BadInput, match="--model org/name: no such folder, and the hub cannot be reached .*; download the repository elsewhere"):
-        find_model("org/name", train.World("cpu"))
+        find_model("org/name", World("cpu"))
 
 
 def test_a_model_from_the_hub_is_trained_and_its_commit_recorded(hub, tmp_path):
@@ -526,7 +531,7 @@ def test_the_learning_rate_rises_and_falls_as_a_plain_loop_says(kind, warmup, nu
 MEASURE = """
 import sys, threading, time, torch
 sys.path[:0] = [{root!r}]
-from model import load_pretrained
+from machine.folders import load_pretrained
 def anonymous():
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("RssAnon"))
@@ -565,7 +570,7 @@ def test_loading_takes_the_memory_of_one_model_and_a_little(tmp_path, dtype):
 
 def measure(number):
     """Read and tokenise so many rows of a few sentences; prints one line."""
-    from resource import RUSAGE_SELF, getrusage          # not on Windows
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
     peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     with tempfile.TemporaryDirectory() as folder:
         path, stories = Path(folder) / "rows.jsonl", [row.chosen for row in read_rows(ROOT / "data/tiny_base.jsonl")]

@@ -29,10 +29,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, oracle, random_texts, small_model
-
 import train
 from buffer import ReplayBuffer, unpack
+from conftest import ROOT, oracle, random_texts, small_model
+from machine.checkpoint import deal, from_disk
+from machine.dataset import Draw
+from machine.folders import load_pretrained
+from machine.parallel import World, divide, fill, whole
 from model import add_lora, blank, plain_weights, twin
 from sapo import Example, SAPOConfig, State, sapo_step
 
@@ -60,7 +63,7 @@ def work(orders):
     """What `ordered` asks for, on this process: cases, then jobs, each in a process group of its own; rank 0 writes results.json."""
     orders = Path(orders)
     asked, first = json.loads(orders.read_text()), int(os.environ["RANK"]) == 0
-    world, results, codes = train.World("cpu"), {}, []
+    world, results, codes = World("cpu"), {}, []
     for case in asked["cases"]:
         results |= {f"{'/'.join(map(str, case))}/{k}": v for k, v in three_steps(*case, world).items()}
     ports = world.all([free_port() for _ in asked["jobs"]])[0]
@@ -111,7 +114,7 @@ def three_steps(way, loss, dtype, micro_batch, world):
     if way == "lora":
         add_lora(base, 3, 7.0, torch.Generator().manual_seed(1)).to(dtype)
     if way == "shard" and world.many:
-        model, ema, reference = (train.fill(train.divide(blank(base.config, dtype), world, False), base.named_parameters()) for _ in range(3))
+        model, ema, reference = (fill(divide(blank(base.config, dtype), world, False), base.named_parameters()) for _ in range(3))
         policy = model
         for m in (ema, reference):
             m.requires_grad_(False)
@@ -122,13 +125,13 @@ def three_steps(way, loss, dtype, micro_batch, world):
                   # Adam divides a gradient by its own size: with the usual eps, one that is nearly 0 moves its weight by what rounding made of it
                   torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, weight_decay=0.0),
                   ReplayBuffer(cfg.buffer_size, world.rank), np.random.default_rng(0), torch.Generator(), (2,), keep_ref=way != "shard")
-    draw, result = train.Draw(rows, PAIRS, 0, world), {}
+    draw, result = Draw(rows, PAIRS, 0, world), {}
     for step in range(3):
         metrics = world.mean(sapo_step(state, draw, cfg))
-        result |= {f"gradient {step} {k}": train.whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
+        result |= {f"gradient {step} {k}": whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
         result[f"metrics {step}"] = torch.tensor([v for k, v in sorted(metrics.items()) if isinstance(v, float) and not k.startswith("time/")], dtype=torch.float64)
     for name, m in (("weights", model), ("ema", ema), ("reference", reference)):
-        result |= {f"{name} {k}": train.whole(t).clone() for k, t in plain_weights(m)}
+        result |= {f"{name} {k}": whole(t).clone() for k, t in plain_weights(m)}
     sums = {k: v.double().sum().item() for k, v in result.items()}
     assert all(other == sums for other in world.all(sums)), "the processes have drifted apart"
     return result
@@ -141,7 +144,7 @@ QUICK = [case for case in CASES if case[2] == "float64"]
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow, id="-".join(map(str, c))) for c in CASES])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_processes_compute_what_one_would(request, processes, case):
-    alone = three_steps(*case, train.World("cpu"))
+    alone = three_steps(*case, World("cpu"))
     result = request.getfixturevalue({2: "two", 4: "four"}[processes])[0][tuple(map(str, case))]
     assert result.keys() == alone.keys() and len(alone["metrics 1"]) > 12
     bound = 1e-10 if case[2] == "float64" else 1e-5
@@ -187,7 +190,7 @@ def steps_logged(out):
 
 def saved_parts(out):
     folder = newest(out)
-    return [train.from_disk(folder / f"rank-{r}") for r in range(train.from_disk(folder / "shared")["world_size"])]
+    return [from_disk(folder / f"rank-{r}") for r in range(from_disk(folder / "shared")["world_size"])]
 
 
 @pytest.fixture(scope="session")
@@ -280,10 +283,10 @@ def test_a_run_goes_on_with_another_number_of_processes(request, four, way, befo
     elif after == 2:
         request.getfixturevalue("back")
     assert four[1][:4] == [0] * 4, four[2][-3000:]
-    saved = [train.from_disk(sorted((target / "checkpoint").glob("step-*"))[0] / f"rank-{r}") for r in range(before)]      # where it went on
-    dealt = [train.deal(saved, 8, FakeWorld(r, after)) for r in range(after)]
+    saved = [from_disk(sorted((target / "checkpoint").glob("step-*"))[0] / f"rank-{r}") for r in range(before)]      # where it went on
+    dealt = [deal(saved, 8, FakeWorld(r, after)) for r in range(after)]
     assert counted(saved) == counted(dealt) and counted(saved)["buffer"].total() == counted(dealt)["buffer"].total() > 0
-    shared, once = (train.from_disk(newest(out) / "shared") for out in (target, source))
+    shared, once = (from_disk(newest(out) / "shared") for out in (target, source))
     assert shared["world_size"] == after and (shared["step"], shared["draw"]) == (once["step"], once["draw"]) == (6, 6)
     assert steps_logged(target) == [1, 2, 3, 4, 5, 6]
     # the rows learned from are those of the run that was not interrupted: as many, and the same
@@ -301,7 +304,7 @@ def test_a_run_goes_on_with_another_number_of_processes(request, four, way, befo
 def test_written_folders_load_in_transformers(four, name, model):
     folder = four[-1] / name / model
     theirs = oracle("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours, ids = train.load_pretrained(folder).eval(), torch.tensor(random_texts([20], 1000))
+    ours, ids = load_pretrained(folder).eval(), torch.tensor(random_texts([20], 1000))
     with torch.no_grad():
         assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
     saved = "policy" if model == "model" else model

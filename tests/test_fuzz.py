@@ -1,11 +1,11 @@
-"""A short slice of tests/fuzz.py, and what once escaped it, written out: each file is taken or refused in one line."""
+"""A short slice of tools/fuzz.py, and what once escaped it, written out: each file is taken or refused in one line."""
 
 import gzip
 import json
 
-import fuzz
 import pytest
 
+import fuzz
 import train
 
 

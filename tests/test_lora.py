@@ -6,13 +6,16 @@ import signal
 
 import pytest
 import torch
-from conftest import NUMBERS, oracle, random_texts, small_model
 from safetensors.torch import load_file
 
 import train
-from buffer import Pair
-from model import PROJECTIONS, LoRA, Transformer, add_lora, companions, generate, load_pretrained, plain_weights, save_adapter, save_pretrained, twin
-from sapo import Example, SAPOConfig, State, collate, ema_update, preference_loss, sapo_step, scored_tokens
+from buffer import Pair, collate
+from conftest import NUMBERS, oracle, random_texts, small_model
+from losses import preference_loss, scored_tokens
+from machine.flags import TINY
+from machine.folders import companions, load_pretrained, save_adapter, save_pretrained
+from model import PROJECTIONS, LoRA, Transformer, add_lora, generate, plain_weights, twin
+from sapo import Example, SAPOConfig, State, ema_update, sapo_step
 
 RANK, ALPHA = 3, 7.5                                     # so B A x is scaled by 2.5
 DECODERS = {"plain": {}, "tied": dict(tie_word_embeddings=True), "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True)}
@@ -294,8 +297,8 @@ def finished(tmp_path_factory):
     """(folder of the base, folder of a finished run with --lora 4): four steps of SAPO on a small random checkpoint."""
     folder = tmp_path_factory.mktemp("lora")
     base = small_model(0, torch.float32, vocab_size=1030, max_position_embeddings=256, sliding_window=None)
-    save_pretrained(base, folder / "base", torch.float32, companions(train.TINY / "tiny_model"))
-    run("--model", folder / "base", "--data", train.TINY / "tiny_validation.jsonl", "--out", folder / "run", "--lora", 4, "--lora-alpha", 6, *SMALL)
+    save_pretrained(base, folder / "base", torch.float32, companions(TINY / "tiny_model"))
+    run("--model", folder / "base", "--data", TINY / "tiny_validation.jsonl", "--out", folder / "run", "--lora", 4, "--lora-alpha", 6, *SMALL)
     return folder / "base", folder / "run"
 
 

@@ -5,14 +5,24 @@ import random
 
 import pytest
 import torch
-from conftest import oracle, random_texts, small_hf_model, small_model
 
 import losses
-import sapo
-from buffer import Pair
-from losses import IGNORE, dpo_loss, log1mexp, log_odds, orpo_loss, slic_loss, token_logps
-from model import load_pretrained
-from sapo import SAPOConfig, collate, preference_loss, score, scored_tokens
+from buffer import Pair, collate
+from conftest import oracle, random_texts, small_hf_model
+from losses import (
+    IGNORE,
+    dpo_loss,
+    log1mexp,
+    log_odds,
+    orpo_loss,
+    preference_loss,
+    score,
+    scored_tokens,
+    slic_loss,
+    token_logps,
+)
+from machine.folders import load_pretrained
+from sapo import SAPOConfig
 
 EDGES = [0.0, -1e-12, -1e-8, -1e-4, -math.log(2), -1.0, -50.0, -1e4]      # mean log-probs
 

@@ -9,16 +9,24 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as code
-from buffer import Pair
-from model import (BadInput, KVCache, ModelConfig, RMSNorm, Transformer, companions, generate, load_pretrained, sample,
-                   save_pretrained, saved_dtype, twin)
-from sapo import SAPOConfig, collate, preference_loss, score, scored_tokens
-from train import memory_limit
+from buffer import Pair, collate
+from conftest import NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
+from losses import preference_loss, score, scored_tokens
+from machine.dataset import memory_limit
+from machine.folders import (
+    BadInput,
+    companions,
+    config_from_dict,
+    load_pretrained,
+    save_pretrained,
+    saved_dtype,
+)
+from model import KVCache, ModelConfig, RMSNorm, Transformer, generate, sample, twin
+from sapo import SAPOConfig
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}        # of these five waves one is left alone, one blended, three slowed
@@ -101,7 +109,7 @@ def test_rope_numbers_are_read_as_transformers_reads_them(raw):
     """Reading only one dialect gives theta 10000 without a word."""
     theirs = oracle("transformers").LlamaConfig.from_dict(NUMBERS | raw).rope_parameters
     theirs.pop("type", None)                             # the old name of rope_type, which stands beside it then
-    ours = ModelConfig.from_dict({"model_type": "llama"} | NUMBERS | raw)
+    ours = config_from_dict({"model_type": "llama"} | NUMBERS | raw)
     assert {"rope_theta": ours.rope_theta, **ours.rope} == theirs
 
 
@@ -199,7 +207,7 @@ def test_a_saved_model_is_the_same_model_to_transformers(tmp_path, case):
 @pytest.mark.parametrize("name, dialect, shards, dtype", [("Llama 3.2", 4, True, torch.bfloat16), ("Mistral v0.1", 4, False, torch.float16), ("Qwen2", 5, True, torch.float16),
                                                           ("Qwen3, tied", 4, True, torch.float32), ("Mistral Nemo", 5, False, torch.bfloat16)])
 def test_a_family_is_itself_in_either_dialect_in_shards_and_in_each_dtype(tmp_path, name, dialect, shards, dtype):
-    import families                                      # it imports this file
+    import families  # it imports this file
     assert max(families.differences(name, dialect, shards, dtype, tmp_path)) < families.BOUND
 
 

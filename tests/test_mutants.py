@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 
-import mutants
 import pytest
+
+import mutants
 from conftest import ROOT
 from mutants import MUTANTS, STATIONS
 
-FILES = ("losses.py", "buffer.py", "model.py", "sapo.py", "tests/mutants.py")
+FILES = ("losses.py", "buffer.py", "model.py", "sapo.py", "tools/mutants.py")
 NAMES = [re.sub(r"[^\w.]+", "_", f"{m.file} {m.name}") for m in MUTANTS]
 
 
@@ -25,7 +26,7 @@ def copied(tmp_path):
 
 
 def command(folder, *arguments):
-    return subprocess.run([sys.executable, "tests/mutants.py", *arguments], cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run([sys.executable, "tools/mutants.py", *arguments], cwd=folder, capture_output=True, text=True, encoding="utf-8")
 
 
 def texts(folder):
@@ -114,5 +115,5 @@ def test_a_bug_is_caught_or_missed(change, said, copied):
 
 @pytest.mark.slow
 def test_every_bug_is_caught():
-    done = subprocess.run([sys.executable, "tests/mutants.py"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, "tools/mutants.py"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,10 +15,15 @@ import torch
 import plan
 import sapo
 import train
+from buffer import Pair, collate
 from conftest import ROOT, random_texts, small_model
-from model import BadInput, ModelConfig, companions, save_pretrained
+from losses import LOGITS, preference_loss, scored_tokens
+from machine.flags import Config, checked
+from machine.folders import BadInput, companions, config_from_dict, save_pretrained
+from machine.parallel import World
+from model import add_lora, generate
 from plan import MODELS, STANDING, Job
-from sapo import LOGITS, Example, SAPOConfig, State, collate, make_pairs, preference_loss, sapo_step, scored_tokens
+from sapo import Example, SAPOConfig, State, make_pairs, sapo_step
 
 SIZES = {"small": dict(vocab_size=1024, hidden_size=26, num_hidden_layers=2, max_position_embeddings=256),
          "large": dict(vocab_size=1031, hidden_size=48, intermediate_size=75, num_hidden_layers=3, max_position_embeddings=256, tie_word_embeddings=True, qk_norm=True,
@@ -46,7 +51,7 @@ def bytes_of(tensors, seen):
 
 def live(folder, mode, loss, optimizer, dtype, out, world):
     """{item: bytes} of a real Run after one step of Algorithm 1."""
-    cfg = train.checked(train.Config(model=str(folder), data=str(ROOT / "data/tiny_validation.jsonl"), eval_data=str(ROOT / "data/tiny_validation.jsonl"), out=str(out),
+    cfg = checked(Config(model=str(folder), data=str(ROOT / "data/tiny_validation.jsonl"), eval_data=str(ROOT / "data/tiny_validation.jsonl"), out=str(out),
                                      loss=loss, optimizer=optimizer, dtype=dtype, batch_size=4, micro_batch=1, segment="4", lora=RANK if mode == "lora" else 0,
                                      shard=mode == "shard", device="cpu", max_length=64))
     run = train.Run(cfg, None, None, world)
@@ -70,7 +75,7 @@ WAYS = [("dpo", "rmsprop", "bfloat16"), ("orpo", "adamw", "float32"), ("dpo", "a
 def test_standing_bytes_are_those_of_the_live_tensors(tmp_path, size, mode, loss, optimizer, dtype):
     folder = write_models(tmp_path) / size
     planned = plan.standing(plan.read(folder), mode, Job(1, loss, optimizer, RANK, dtype == "bfloat16"))
-    assert tuple(planned) == STANDING and planned == live(folder, mode, loss, optimizer, dtype, tmp_path / "out", train.World("cpu"))
+    assert tuple(planned) == STANDING and planned == live(folder, mode, loss, optimizer, dtype, tmp_path / "out", World("cpu"))
 
 
 @pytest.mark.slow
@@ -86,7 +91,7 @@ def test_standing_bytes_are_those_of_the_live_tensors_of_two_processes(tmp_path)
 
 @pytest.mark.parametrize("name, parameters", [("Mistral-7B", 7_241_732_096), ("Llama-3-8B", 8_030_261_248)])
 def test_public_sizes_come_out_right(name, parameters):
-    config = ModelConfig.from_dict(MODELS[name])
+    config = config_from_dict(MODELS[name])
     assert sum(np.prod(shape) for shape, _ in plan.shapes(config, 0).values()) == parameters
     items = plan.standing(config, "ddp", Job(optimizer="adamw"))
     assert sum(items.values()) // parameters == 26, "float32 AdamW, DPO and a bfloat16 writer: 26 bytes a parameter"
@@ -123,13 +128,13 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, m
     model = small_model(0, torch.float32, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, head_dim=16, num_attention_heads=6, num_key_value_heads=heads,
                         max_position_embeddings=512)
     if mode == "lora":
-        train.add_lora(model.bfloat16(), RANK, 8.0, torch.Generator())
+        add_lora(model.bfloat16(), RANK, 8.0, torch.Generator())
     elif mode == "shard":                                   # FSDP2 computes with parameters that are bfloat16
         model.bfloat16()
     model.gradient_checkpointing = checkpointing
     model.train()
     prompt, chosen, rejected = random_texts([P], seed=1)[0], random_texts([S] * pairs, seed=2), random_texts([S] * pairs, seed=3)
-    rows = [train.Pair(prompt, [1] + c, [2] + r) for c, r in zip(chosen, rejected)]
+    rows = [Pair(prompt, [1] + c, [2] + r) for c, r in zip(chosen, rejected)]
     cfg = SAPOConfig(loss=loss)
     batch = collate(rows, **scored_tokens(cfg))
     assert batch.trunk == P - 1 and batch.ids.shape[1] == P - 1 + 2 * (S + 1)
@@ -145,7 +150,7 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, m
 
 
 def test_the_highest_moment_grows_with_the_micro_batch_and_the_largest_that_fits_does_fit():
-    config = ModelConfig.from_dict(MODELS["Mistral-7B"])
+    config = config_from_dict(MODELS["Mistral-7B"])
     for mode in plan.MODES:
         peaks = [plan.peak(config, mode, Job(micro_batch=m, write_rows=1))[0]["peak"] for m in (1, 2, 4, 8)]
         assert peaks == sorted(peaks) and plan.fit(config, mode, Job(), peaks[0] - 1)[0] is None
@@ -155,7 +160,7 @@ def test_the_highest_moment_grows_with_the_micro_batch_and_the_largest_that_fits
 
 
 def test_a_chunk_of_the_head_bounds_the_logits():
-    config = ModelConfig.from_dict(MODELS["Llama-3-8B"])
+    config = config_from_dict(MODELS["Llama-3-8B"])
     items = [plan.passing(config, "lora", Job(micro_batch=m))["logits"] for m in (1, 8)]
     assert items[0] == items[1] == 16 * LOGITS
 
@@ -196,7 +201,7 @@ def test_a_config_that_cannot_be_planned_is_one_line_and_exit_code_2(tmp_path, c
 def test_writing_few_rows_at_once_changes_nothing(monkeypatch):
     """What --write-rows saves in memory costs no bit of the result."""
     rows, texts, most = [Example(p, c) for p, c in zip(random_texts(range(3, 14)), random_texts([9] * 11, seed=1))], [], []
-    real = sapo.generate
+    real = generate
     monkeypatch.setattr(sapo, "generate", lambda model, prompts, *more: most.append(len(prompts)) or real(model, prompts, *more))
     for at_once in (64, 4, 1):
         cfg = SAPOConfig(batch_size=4, buffer_size=4, segment="5", write_rows=at_once)
@@ -206,7 +211,7 @@ def test_writing_few_rows_at_once_changes_nothing(monkeypatch):
 
 if __name__ == "__main__":
     folder, out = map(Path, sys.argv[1:])
-    world, found = train.World("cpu"), []
+    world, found = World("cpu"), []
     for size in SIZES:
         for mode in plan.MODES:
             for way in WAYS:

@@ -14,10 +14,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 import mutants
-import train
+from conftest import ROOT
+from machine.flags import Config, flag_of
 
 FENCED = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)")
@@ -69,8 +69,8 @@ def test_the_files_and_pictures_it_names_are_there():
 
 
 def test_every_flag_in_it_exists():
-    ours = {train.flag_of(f.name) for f in dataclasses.fields(train.Config)}
-    ours |= {"--preset", "--config", "--resume", "--help"} | {f"--no-{f.name.replace('_', '-')}" for f in dataclasses.fields(train.Config) if f.type is bool}
+    ours = {flag_of(f.name) for f in dataclasses.fields(Config)}
+    ours |= {"--preset", "--config", "--resume", "--help"} | {f"--no-{f.name.replace('_', '-')}" for f in dataclasses.fields(Config) if f.type is bool}
     checked = 0
     for command in all_commands():
         words = shlex.split(command)
@@ -95,7 +95,7 @@ def test_every_test_it_names_exists():
 def test_the_studys_tables_are_those_it_wrote():
     section = re.search(r"^## The study.*?(?=^## )", readme(), re.M | re.S)[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
-    written = (ROOT / "figures/study.md").read_text("utf-8").splitlines()
+    written = (ROOT / "docs/figures/study.md").read_text("utf-8").splitlines()
     assert len(rows) > 25 and set(rows) <= set(written)
 
 

@@ -20,11 +20,15 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, small_model
 from safetensors.torch import load_file, save_file
 
 import model as code
 import train
+from conftest import ROOT, small_model
+from machine.dataset import MAX_LINE
+from machine.flags import Config
+from machine.folders import companions, save_pretrained
+from model import Transformer
 
 GOOD = "--model model --data rows.jsonl --out out --steps 1 --batch-size 2 --buffer-size 4 --device cpu".split()
 NONE_HERE = "mps" if torch.cuda.is_available() else "cuda"
@@ -44,7 +48,7 @@ def sound_world():
     """{path: bytes} of a folder in which GOOD would train."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        code.save_pretrained(small_model(dtype=torch.float32, vocab_size=1024), folder / "model", torch.float32, code.companions(ROOT / "data/tiny_model"))
+        save_pretrained(small_model(dtype=torch.float32, vocab_size=1024), folder / "model", torch.float32, companions(ROOT / "data/tiny_model"))
         rows = [{"prompt": f"Tell of {n} dogs.", "chosen": f"There were {n} dogs.", "rejected": "No."} for n in range(8)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -76,7 +80,7 @@ def call(folder, argv):
 
     err, here, handlers = io.StringIO(), os.getcwd(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     with contextlib.ExitStack() as stack:
-        for target, name in ((train, "load_pretrained"), (train, "read_weights"), (code, "read_weights"), (train.Transformer, "init_weights")):
+        for target, name in ((train, "load_pretrained"), (train, "read_weights"), (code, "read_weights"), (Transformer, "init_weights")):
             stack.enter_context(mock.patch.object(target, name, reached))
         stack.enter_context(mock.patch.object(train, "TEMPLATE_SECONDS", 0.3))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -174,7 +178,7 @@ def both(*ways):
 def a_run(settings, argv):
     """A run folder `run` whose config.json says `settings` on top of what a run with GOOD says."""
     def damage(folder):
-        kept = dict(train.dataclasses.asdict(train.Config(model="model", data="rows.jsonl", out="run", steps=1, batch_size=2, buffer_size=4)))
+        kept = dict(train.dataclasses.asdict(Config(model="model", data="rows.jsonl", out="run", steps=1, batch_size=2, buffer_size=4)))
         write(folder / "run/config.json", {"settings": kept | settings, "preset": "paper-dpo", "dtype": "float32"})
         write(folder / "run/source/x", "")
     return damage, argv.split()
@@ -261,7 +265,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a line that is not UTF-8": (line(b'{"prompt": "caf\xe9", "chosen": "b"}'), "rows.jsonl, line 3", "UTF-8"),
     "a line with half a surrogate pair": (line(b'{"prompt": "a", "chosen": "\\ud83d"}'), "rows.jsonl, line 3", "UTF-8"),
     "a line of 100,000 brackets": (line(b"[" * 100_000), "rows.jsonl, line 3", "not JSON"),
-    "a line of 10 MB": (line(b'"' + b"a" * train.MAX_LINE), "rows.jsonl, line 3", "longer than", "JSON lines"),
+    "a line of 10 MB": (line(b'"' + b"a" * MAX_LINE), "rows.jsonl, line 3", "longer than", "JSON lines"),
     "a row without a prompt": (line({"chosen": "b"}), "rows.jsonl, line 3", "prompt is missing", "messages"),
     "a row without a response": (line({"prompt": "a"}), "rows.jsonl, line 3", "chosen is missing"),
     "a response that is a number": (line({"prompt": "a", "chosen": 7}), "rows.jsonl, line 3", "chosen is missing or not text"),

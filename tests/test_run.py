@@ -22,11 +22,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, oracle, randomise
-
 import train
 from buffer import unpack
-from model import ModelConfig, Transformer, generate, load_pretrained, save_pretrained
+from conftest import ROOT, oracle, randomise
+from machine.checkpoint import from_disk
+from machine.dataset import Row, Text
+from machine.flags import TINY, Config
+from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained
+from model import Transformer, generate
 
 EOS = 1                                                  # <|end|>, of the tiny tokenizer
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
@@ -154,10 +157,10 @@ def differences(a, b):
 
 def make_world(folder):
     """Flags of a small run: model, data and settings, all of it in `folder`."""
-    shutil.copytree(train.TINY / "tiny_model", folder / "base")
+    shutil.copytree(TINY / "tiny_model", folder / "base")
     config = json.loads((folder / "base/config.json").read_text())
     (folder / "base/config.json").write_text(json.dumps(config | SMALL))
-    rows = {name: lines(train.TINY / f"tiny_{name}.jsonl")[:n] for name, n in (("train", 26), ("base", 22), ("test", 6))}
+    rows = {name: lines(TINY / f"tiny_{name}.jsonl")[:n] for name, n in (("train", 26), ("base", 22), ("test", 6))}
     for row, other in zip(rows["test"][::2], rows["train"]):       # some held-out rows bring a worse answer, the others get one written
         row["rejected"] = other["chosen"]
     rows["test"][2]["rejected"] = "Qzx! Vjk?"            # rare and short: less likely a token, more likely in all
@@ -214,7 +217,7 @@ def test_a_run_leaves_its_files_and_nothing_else(whole):
 
 def test_config_json_names_every_setting_and_every_version(whole):
     saved = json.loads((whole / "config.json").read_text())
-    assert set(saved["settings"]) == {f.name for f in train.dataclasses.fields(train.Config)}
+    assert set(saved["settings"]) == {f.name for f in train.dataclasses.fields(Config)}
     assert saved["settings"]["max_length"] == 160 and saved["settings"]["steps"] == 8 == saved["steps"] and saved["preset"] == "paper-dpo"
     assert saved["versions"]["torch"] == torch.__version__.split("+")[0] or saved["versions"]["torch"] == torch.__version__
     assert {"python", "torch", "numpy", "tokenizers", "safetensors"} <= set(saved["versions"]) and saved["eos_token_ids"] == [EOS]
@@ -252,9 +255,9 @@ def test_samples_are_the_same_prompts_before_and_after(whole, world):
     assert len(samples) == 2 and all(set(s) == {"prompt", "chosen", "start", "policy", "ema"} for s in samples)
     assert all(row["prompt"] in s["prompt"] and s["chosen"] == row["chosen"] for row, s in zip(held, samples))
     model = load_pretrained(whole / "model")
-    text = train.Text(train.companions(whole / "model"), whole / "model", model.config)
+    text = Text(companions(whole / "model"), whole / "model", model.config)
     for row, s in zip(held, samples):
-        prompt = text.encode([train.Row(row, "held")])[0][0]
+        prompt = text.encode([Row(row, "held")])[0][0]
         assert text.decode(generate(model, [prompt], [6], (EOS,), temperature=0, vocab=text.vocab)[0], True) == s["policy"]
 
 
@@ -293,14 +296,14 @@ def test_a_runs_config_gives_the_same_run_again(whole, tmp_path):
 def test_the_written_folder_is_a_model_for_transformers_in_the_sources_dtype(whole, world, tmp_path, dtype):
     transformers = oracle("transformers")
     base = tmp_path / "base"
-    save_pretrained(load_pretrained(whole / "model"), base, dtype, train.companions(whole / "model"))
+    save_pretrained(load_pretrained(whole / "model"), base, dtype, companions(whole / "model"))
     run(tmp_path / "run", *tuned(world, base, "--steps", 2))
     for name in ("model", "ema"):
         folder = tmp_path / "run" / name
         assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {dtype}
         theirs, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), transformers.AutoTokenizer.from_pretrained(folder)
         assert transformers.AutoConfig.from_pretrained(folder).dtype == dtype
-        ours, text = load_pretrained(folder), train.Text(train.companions(folder), folder, load_pretrained(folder).config)
+        ours, text = load_pretrained(folder), Text(companions(folder), folder, load_pretrained(folder).config)
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Write a short story with Leo and a duck."}], add_generation_prompt=True)
         prompt = list(getattr(prompt, "input_ids", prompt))
         ids = torch.tensor([prompt + list(range(5, 40))])
@@ -326,7 +329,7 @@ def gap_by_hand(model, pair):
 
 def test_evaluation_is_what_a_loop_over_transformers_logits_gives(whole, world, tmp_path):
     transformers = oracle("transformers")
-    held = unpack(train.from_disk(checkpoints(whole)[-1] / "rank-0")["held"])
+    held = unpack(from_disk(checkpoints(whole)[-1] / "rank-0")["held"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "model")
     for pair, row in zip(held, lines(world[world.index("--eval-data") + 1]), strict=True):       # the right texts, by another's template and tokenizer
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]
@@ -380,7 +383,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(whole, world, tmp_path
 def test_so_does_every_other_kind_of_run(whole, world, tmp_path, more):
     flags = tuned(world, whole / "model", *more, "--write-ahead", 1 + len(more))
     if "data" in more:
-        flags[flags.index("--data") + 1] = flags[flags.index("--sft-data") + 1] = train.TINY / "tiny_train.jsonl"
+        flags[flags.index("--data") + 1] = flags[flags.index("--sft-data") + 1] = TINY / "tiny_train.jsonl"
     run(tmp_path / "whole", *flags)
     run(tmp_path / "run", *flags, hook=stop_at("sapo_step", 3))
     resume(tmp_path / "run", hook=stop_at("evaluate", 3))
@@ -497,8 +500,8 @@ def test_biases_that_only_the_weights_name_survive_a_resume(whole, world, tmp_pa
     """Some checkpoints of the Llama family have biases, and a config that does not say so."""
     base = load_pretrained(whole / "model")
     config = base.config.source
-    biased = randomise(Transformer(ModelConfig.from_dict(config | {"attention_bias": True})), 5)
-    save_pretrained(biased, tmp_path / "base", torch.float32, train.companions(whole / "model"))
+    biased = randomise(Transformer(config_from_dict(config | {"attention_bias": True})), 5)
+    save_pretrained(biased, tmp_path / "base", torch.float32, companions(whole / "model"))
     (tmp_path / "base/config.json").write_text(json.dumps(config))
     flags = tuned(world, tmp_path / "base", "--steps", 4)
     run(tmp_path / "whole", *flags)

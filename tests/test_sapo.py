@@ -17,13 +17,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import NUMBERS, ROOT, fits, small_model
 
 import sapo
-from buffer import Pair
-from losses import IGNORE
-from model import generate, load_pretrained, save_pretrained, twin
-from sapo import Example, SAPOConfig, State, accumulate_gradient, collate, ema_update, make_pairs, preference_loss, sapo_step, split
+from buffer import Pair, collate
+from conftest import NUMBERS, ROOT, fits, small_model
+from losses import IGNORE, preference_loss, score, scored_tokens
+from machine.folders import load_pretrained, save_pretrained
+from model import generate, twin
+from sapo import Example, SAPOConfig, State, accumulate_gradient, ema_update, make_pairs, sapo_step, split
 
 VOCAB, EOS = NUMBERS["vocab_size"], 2
 ENDS = (EOS, 44)                                             # more than one token may end an answer
@@ -126,9 +127,9 @@ def gradient(model, loss):
 
 def losses_of(model, pairs, cfg, reference=None, share=True):
     """(losses, metrics) of pairs as one Batch, through collate, score and preference_loss."""
-    options = sapo.scored_tokens(cfg)
+    options = scored_tokens(cfg)
     with torch.no_grad():
-        scores = sapo.score(reference, collate(pairs, **options)) if cfg.loss == "dpo" else None
+        scores = score(reference, collate(pairs, **options)) if cfg.loss == "dpo" else None
     return preference_loss(model, collate(pairs, share=share, **options), cfg, scores)
 
 
@@ -803,7 +804,7 @@ def test_after_a_refresh_nothing_of_the_old_reference_is_used(ref_from, monkeypa
         sapo_step(state, draw, cfg)
         drawn = calls[-1][1]
         reused += step in (2, 4) and sum(id(p) in known for p in drawn)
-        chosen, rejected = sapo.score(reference, collate(drawn, **sapo.scored_tokens(cfg)))
+        chosen, rejected = score(reference, collate(drawn, **scored_tokens(cfg)))
         assert close([p.ref_chosen for p in drawn], chosen, 1e-10) and close([p.ref_rejected for p in drawn], rejected, 1e-10)
     assert reused > 0, "pairs scored before a refresh are drawn after it"
 

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 import show
 import train
-from buffer import Pair
-from model import load_pretrained
-from sapo import collate, score
+from buffer import Pair, collate
+from losses import score
+from machine.dataset import Text
+from machine.folders import load_pretrained
+from machine.report import draw_curves, pair_text
 
 ESCAPE = "\033["
 
@@ -21,7 +22,7 @@ ESCAPE = "\033["
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two steps with its pairs.jsonl and model/."""
-    out, kept = tmp_path_factory.mktemp("runs") / "tiny", train.draw_curves
+    out, kept = tmp_path_factory.mktemp("runs") / "tiny", draw_curves
     train.draw_curves = lambda folder: None
     assert train.main(["--sft-steps", "3", "--steps", "2", "--show-every", "1", "--eval-rows", "1", "--samples", "0", "--device", "cpu", "--out", str(out)]) == 0
     train.draw_curves = kept
@@ -34,7 +35,7 @@ def triple(run):
 
 
 def text_of(run):
-    return train.Text(show.companions(run / "source"), run / "source", load_pretrained(run / "model").config)
+    return Text(show.companions(run / "source"), run / "source", load_pretrained(run / "model").config)
 
 
 def test_a_folder_without_triples_gets_one_line_and_code_2(tmp_path, capsys):
@@ -104,7 +105,7 @@ def test_parts_of_a_triple_join_to_the_text_where_a_tokenizer_strips_a_first_spa
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     assert tokenizer.decode([1, 2]) == "a small", "the tokenizer strips"
     text = SimpleNamespace(decode=lambda ids, skip=False: tokenizer.decode(ids))
-    parts = train.pair_text(Pair([0], [1, 2, 3, 4, 5, 6], [1, 2, 7, 5, 6], 2, 4, 3), text)
+    parts = pair_text(Pair([0], [1, 2, 3, 4, 5, 6], [1, 2, 7, 5, 6], 2, 4, 3), text)
     assert parts["A"] + parts["B"] + parts["C"] == "a small red fox ran home" and parts["A"] + parts["B'"] + parts["C"] == "a small slept ran home"
     assert parts["ids"] == [[0], [1, 2, 3, 4, 5, 6], [1, 2, 7, 5, 6]] and parts["cuts"] == [2, 4, 3]
 

@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, oracle, small_model
 
 import mutants
 import real
 import sapo
 import study
 import train
-from model import Transformer, companions, read_config, save_pretrained
+from conftest import ROOT, oracle, small_model
+from machine.flags import TINY, parse
+from machine.folders import companions, read_config, save_pretrained
+from model import Transformer, generate
 from sapo import Example, State, sapo_step
 
 EOS, ROWS, BATCH = 2, 12, 4
@@ -25,7 +27,7 @@ EOS, ROWS, BATCH = 2, 12, 4
 
 def arm(name):
     """The Config of an arm, its batches cut to BATCH so that a small model has an epoch of three steps."""
-    cfg = train.parse(["--preset", "tiny", *study.RELATIVES[name].split()])[0]
+    cfg = parse(["--preset", "tiny", *study.RELATIVES[name].split()])[0]
     assert cfg.batch_size == study.BATCH and cfg.buffer_size in (study.BATCH, 256)
     cfg.buffer_size = BATCH * cfg.buffer_size // cfg.batch_size
     cfg.batch_size, cfg.micro_batch, cfg.max_grad_norm = BATCH, BATCH, 0.0
@@ -41,7 +43,7 @@ def examples():
 def run(cfg, steps, seen, monkeypatch):
     """`steps` steps of a small model; seen(state, who) for each text written: `who` writes it."""
     state, rows = State.start(small_model(0), cfg, [EOS], lr=0.01, steps_per_epoch=ROWS // BATCH), itertools.cycle(examples())
-    writes = sapo.generate
+    writes = generate
     monkeypatch.setattr(sapo, "generate", lambda who, prefixes, budgets, *more: seen(state, who, prefixes) or writes(who, prefixes, budgets, *more))
     pasts = [weights(state.policy)]
     for _ in range(steps):
@@ -60,14 +62,14 @@ def all_flags():
 
 @pytest.mark.parametrize("name", all_flags())
 def test_flags_of_an_arm_are_flags_of_train_and_change_something(name):
-    flags, plain = all_flags()[name], train.parse(["--preset", "tiny"])[0]
-    cfg = train.parse(["--preset", "tiny", *flags.split()])[0]
+    flags, plain = all_flags()[name], parse(["--preset", "tiny"])[0]
+    cfg = parse(["--preset", "tiny", *flags.split()])[0]
     given = {word[2:].replace("-", "_") for word in flags.replace("--ref-refresh epoch", "").split() if word.startswith("--")}     # said, though the preset's
     assert given == {k for k in vars(cfg) if getattr(cfg, k) != getattr(plain, k)}
 
 
 def test_values_without_flags_are_the_presets():
-    plain = train.parse(["--preset", "tiny"])[0]
+    plain = parse(["--preset", "tiny"])[0]
     assert (plain.alpha, plain.ema_every, plain.segment, plain.score_on, plain.eos_in_segment) == (0.5, "2", "12", "response", "stop")
     assert (plain.ref_refresh, plain.ref_from, plain.buffer_size, plain.batch_size) == ("epoch", "ema", 16 * study.BATCH, study.BATCH)
     defaults = {what: [v for v, flags in values.items() if not flags] for what, values in study.ABLATIONS.items()}
@@ -81,14 +83,14 @@ def test_every_arm_has_its_words_and_its_rates():
 
 
 def test_the_readme_has_the_table_of_arms():
-    assert study.relatives() in (ROOT / "README.md").read_text("utf-8"), "paste what this prints: python tests/study.py --relatives"
+    assert study.relatives() in (ROOT / "README.md").read_text("utf-8"), "paste what this prints: python tools/study.py --relatives"
 
 
 def test_the_readmes_workshop_plants_the_bug_of_each_station():
     readme = (ROOT / "README.md").read_text("utf-8")
     for number, mutant in enumerate(mutants.MUTANTS, 1):
         if mutant.station:
-            assert f"python tests/mutants.py {number}`" in readme and mutant.test in readme, f"station {mutant.station} is bug {number} now"
+            assert f"python tools/mutants.py {number}`" in readme and mutant.test in readme, f"station {mutant.station} is bug {number} now"
 
 
 # ------------------------------------------------------------------------------------------------ the relatives
@@ -224,7 +226,7 @@ MICRO = "--arms SAPO-DPO,SFT --seeds 1 --ablation-seeds 0 --rates 1e-4 --steps 2
 def test_a_micro_study_runs_and_goes_on_without_repeating(tmp_path, capsys):
     where = ["--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
     assert study.main([*MICRO, *where]) == 0
-    written, first = capsys.readouterr().out, json.loads((tmp_path / "figures/study.json").read_text("utf-8"))
+    written, first = capsys.readouterr().out, json.loads((tmp_path / "docs/figures/study.json").read_text("utf-8"))
     assert written.count("0 of them done before") == 2 and "| untouched base | - |" in written and "| SFT | 0.0001 |" in written
     assert {p.name for p in (tmp_path / "figures").iterdir()} == {"study.json", "study.md", "study.png", "pairs.png"}
     for row in [a["test"][0] for a in first["arms"].values()]:
@@ -238,7 +240,7 @@ def test_a_micro_study_runs_and_goes_on_without_repeating(tmp_path, capsys):
     assert "1 runs, 1 of them done before" in again and "2 runs, 1 of them done before" in again
     changed = {p.name for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
     assert changed == {"test.json"} | {p.name for p in (tmp_path / "runs").glob("loss-orpo*.log")}, "it was measured again, not trained again"
-    assert json.loads((tmp_path / "figures/study.json").read_text("utf-8")) == first
+    assert json.loads((tmp_path / "docs/figures/study.json").read_text("utf-8")) == first
 
 
 @pytest.mark.slow
@@ -251,11 +253,11 @@ def test_a_run_that_fails_ends_the_study_with_its_log(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("paired", [True, False], ids=["with rejected", "without"])
 def test_the_relatives_run_on_a_checkpoint(tmp_path, capsys, paired):
-    config = read_config(train.TINY / "tiny_model")
-    files = companions(train.TINY / "tiny_model")
+    config = read_config(TINY / "tiny_model")
+    files = companions(TINY / "tiny_model")
     save_pretrained(Transformer(config).init_weights(torch.Generator().manual_seed(0)), tmp_path / "model", torch.float32, files)
     for name, source, rows in (("train", "train", 20), ("held", "test", 5)):
-        lines = [json.loads(line) for line in (train.TINY / f"tiny_{source}.jsonl").read_text("utf-8").splitlines()[:rows]]
+        lines = [json.loads(line) for line in (TINY / f"tiny_{source}.jsonl").read_text("utf-8").splitlines()[:rows]]
         kept = [{k: v for k, v in line.items() if k in ("prompt", "chosen") or paired and k == "rejected"} for line in lines]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     where = ["--model", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--eval-data", tmp_path / "held.jsonl", "--out", tmp_path / "out"]

@@ -14,11 +14,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import NUMBERS, ROOT, oracle
 from tokenizers import AddedToken, Tokenizer, processors
 
-import train
-from model import BadInput, ModelConfig, companions
+from conftest import NUMBERS, ROOT, oracle
+from machine.dataset import Row, Text, compile_template
+from machine.folders import BadInput, companions
+from model import ModelConfig
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
 You are a helpful assistant<|im_end|>
@@ -157,7 +158,7 @@ def ours(world):
     files = companions(folder)
     if REAL.get(world):
         files["chat_template.jinja"] = REAL[world].encode()
-    return train.Text(files, folder, ROOMY)
+    return Text(files, folder, ROOMY)
 
 
 @functools.cache
@@ -178,12 +179,12 @@ def theirs(world, turns, **more):
 def plain_text():
     """A checkpoint without a template, whose tokenizer begins with BOS."""
     files = {k: v for k, v in companions(folder_of("roles alternate")).items() if k != "chat_template.jinja"}
-    return train.Text(files, "here", ROOMY)
+    return Text(files, "here", ROOMY)
 
 
 def encode(world, turns):
     """(prompt ids, chosen ids) of a conversation as a data row."""
-    (row,) = ours(world).encode([train.Row({"messages": turns}, "here")])
+    (row,) = ours(world).encode([Row({"messages": turns}, "here")])
     return row[:2]
 
 
@@ -225,7 +226,7 @@ def test_what_the_template_refuses_both_refuse(world, turns):
 def test_the_date_stands_still():
     """Llama-3.2's template prints today's, and then a resumed run would read other prompts."""
     assert "Today Date: 26 Jul 2024\n" in ours("llama3, dated").render([user("a")])
-    assert train.compile_template("{{ strftime_now('%Y-%m-%d %H:%M') }}").render() == "2024-07-26 00:00"
+    assert compile_template("{{ strftime_now('%Y-%m-%d %H:%M') }}").render() == "2024-07-26 00:00"
 
 
 @pytest.mark.parametrize("source", [
@@ -241,7 +242,7 @@ def test_the_sandbox_is_set_up_as_that_of_transformers(source):
     turns = CONVERSATIONS["HTML and quotes"]
     expected = their_tokenizer("chatml").apply_chat_template(turns, tokenize=False, chat_template=source)
     variables = dict(messages=turns, tools=None, documents=None, add_generation_prompt=False, **ours("chatml").special)
-    assert train.compile_template(source).render(variables) == expected
+    assert compile_template(source).render(variables) == expected
 
 
 # ---------------------------------------------------------------- prompt and response
@@ -293,15 +294,15 @@ def test_where_the_whole_renders_another_prompt_the_common_part_is_the_prompt():
     """Qwen3 adds an empty think block to the question when thinking is off, which the whole conversation may not repeat."""
     source = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
     assert source != CHATML
-    text = train.Text(companions(folder_of("chatml")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
-    (prompt, chosen, _), = text.encode([train.Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
+    text = Text(companions(folder_of("chatml")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
+    (prompt, chosen, _), = text.encode([Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
     assert text.decode(prompt).endswith("<|im_start|>assistant\n") and text.decode(chosen) == "A dog.<|im_end|>"
 
 
 def test_both_answers_of_a_row_share_one_prompt():
     """Cut where both still agree with the question, though one of them agrees for longer."""
     text = plain_text()
-    (prompt, chosen, rejected), = text.encode([train.Row({"prompt": "Who? ", "chosen": "7 dogs.", "rejected": "A cat."}, "here")])
+    (prompt, chosen, rejected), = text.encode([Row({"prompt": "Who? ", "chosen": "7 dogs.", "rejected": "A cat."}, "here")])
     for answer, ids in (("7 dogs.", chosen), ("A cat.", rejected)):
         assert prompt + ids == text.tokenizer.encode("Who? " + answer).ids + [text.end]
     assert text.decode(prompt) == "<s>Who?" and text.decode(rejected[:1]) == " A"          # a blank and A are one token, a blank and 7 two
@@ -309,8 +310,8 @@ def test_both_answers_of_a_row_share_one_prompt():
 
 def test_a_template_that_closes_no_answer_gets_the_tokenizers_end_token():
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    text = train.Text(companions(folder_of("llama3, dated")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
-    (prompt, chosen, _), = text.encode([train.Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
+    text = Text(companions(folder_of("llama3, dated")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
+    (prompt, chosen, _), = text.encode([Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
     assert chosen[-1] == text.tokenizer.token_to_id("<|eot_id|>") and text.decode(chosen, True).strip() == "A dog."
 
 
@@ -322,7 +323,7 @@ def test_a_template_may_stand_in_three_places():
 
     def first_line(settings, jinja=None, file=""):
         more = {"tokenizer_config.json": json.dumps(json.loads(files["tokenizer_config.json"]) | settings).encode()}
-        return train.Text(files | more | ({"chat_template.jinja": jinja} if jinja else {}), folder, ROOMY, file).render([user("x")])
+        return Text(files | more | ({"chat_template.jinja": jinja} if jinja else {}), folder, ROOMY, file).render([user("x")])
 
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "listed"}]
     assert first_line({"chat_template": "plain"}) == "plain"
@@ -334,10 +335,10 @@ def test_a_template_may_stand_in_three_places():
 
 def test_a_checkpoint_without_a_template_takes_plain_prompts_only():
     text = plain_text()
-    (prompt, chosen, _), = text.encode([train.Row({"prompt": "Who? ", "chosen": "A dog."}, "here")])
+    (prompt, chosen, _), = text.encode([Row({"prompt": "Who? ", "chosen": "A dog."}, "here")])
     assert text.decode(prompt + chosen) == "<s>Who? A dog.</s>" and prompt == text.tokenizer.encode("Who? ").ids[:len(prompt)]
     with pytest.raises(BadInput, match="--chat-template"):
-        text.encode([train.Row({"messages": CONVERSATIONS["one turn"]}, "here")])
+        text.encode([Row({"messages": CONVERSATIONS["one turn"]}, "here")])
 
 
 def test_no_special_token_is_hidden_from_the_list_of_typed_ones():

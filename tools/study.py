@@ -1,8 +1,8 @@
 """The study: SAPO, its relatives and its settings on the tiny world, over several seeds, tuned alike.
 
-    python tests/study.py               everything; what is done already is not done again
-    python tests/study.py --quick       four arms, two seeds, few steps: to try the script, not to learn anything
-    python tests/study.py --relatives   the table of arms, as the README has it
+    python tools/study.py               everything; what is done already is not done again
+    python tools/study.py --quick       four arms, two seeds, few steps: to try the script, not to learn anything
+    python tools/study.py --relatives   the table of arms, as the README has it
 
 Every arm is `python train.py` with the flags of its row below, from the same base (one a seed), for the same steps on
 the same prompts. Each arm's learning rate is the best of its loss's four on the validation rows (mean of the judge's three
@@ -10,7 +10,7 @@ scores, the first seed); what is reported is measured on the test rows, as mean 
 study.json, study.png, ablations.png and pairs.png into --figures, and the tables, as Markdown, to study.md and the screen.
 
 Each run is a process of its own, on one thread, --jobs at a time; its folder is named after its flags. Left out: memory
-by stage (tests/bench.py has it), real checkpoints.
+by stage (tools/bench.py has it), real checkpoints.
 """
 
 import argparse
@@ -35,9 +35,16 @@ import numpy as np
 import torch
 
 import train
-from buffer import pack, unpack
-from model import companions, generate, load_pretrained, write_json
-from sapo import State, collate, make_pairs, score
+from buffer import collate, pack, unpack
+from losses import score
+from machine.checkpoint import from_disk, to_disk
+from machine.dataset import Data, Text, read_rows
+from machine.flags import parse
+from machine.folders import companions, load_pretrained, write_json
+from machine.parallel import World
+from machine.report import Held, evaluate
+from model import generate
+from sapo import State, make_pairs
 
 BATCH = 16                          # pairs a step of the tiny preset; a buffer of so many is a buffer of one batch
 RELATIVES = {       # arm: what it changes in the tiny preset (segment 12, alpha 0.5, EMA every 2, reference every epoch, buffer 256)
@@ -150,10 +157,10 @@ def measure(folder, base, split, seed, rows=None):
     seed (made here if they are not there, so the base comes first). Of answers at temperature 1: distinct-2, two-word sequences that differ, of all; repeated, answers whose wording
     (facts blanked) another has as well; length, in tokens.
     """
-    cfg = train.parse([*QUIET, "--seed", str(seed)])[0]
+    cfg = parse([*QUIET, "--seed", str(seed)])[0]
     model = load_pretrained(folder)
-    text = train.Text(companions(folder), folder, model.config)
-    data = train.Data(train.read_rows(ROOT / "data" / f"tiny_{split}.jsonl")[:rows], text, cfg, split)
+    text = Text(companions(folder), folder, model.config)
+    data = Data(read_rows(ROOT / "data" / f"tiny_{split}.jsonl")[:rows], text, cfg, split)
     answers = {}
 
     def writer(model, pairs, temperature=0, top_k=0, top_p=1.0):
@@ -165,7 +172,7 @@ def measure(folder, base, split, seed, rows=None):
         return ids
 
     segment, whole = (against(base, share, split, data, text, cfg) for share in (cfg.segment, "100%"))
-    found = train.evaluate(model, train.Held(data, segment, []), writer, cfg, train.World("cpu"), text, nullcontext, lambda: None)
+    found = evaluate(model, Held(data, segment, []), writer, cfg, World("cpu"), text, nullcontext, lambda: None)
     del found["margin"]                                  # from the start, which here would be the model itself
     texts = [text.decode(ids, True) for ids in answers[1.0]]
     return found | {"accuracy, whole": ahead(model, whole), "distinct-2": distinct(texts), "repeated": repeated(texts, data.judges),
@@ -178,8 +185,8 @@ def against(base, segment, split, data, text, cfg):
     if not path.with_suffix(".json").exists():
         cfg = dataclasses.replace(cfg, segment=segment)
         state = State.start(load_pretrained(base / "model"), cfg, text.eos, cfg.seed, vocab=text.vocab)
-        train.to_disk(pack(make_pairs(state, [data[i] for i in range(len(data))], cfg)), path)
-    return unpack(train.from_disk(path))
+        to_disk(pack(make_pairs(state, [data[i] for i in range(len(data))], cfg)), path)
+    return unpack(from_disk(path))
 
 
 @torch.no_grad()
@@ -469,7 +476,7 @@ def main(argv=None):
     write_json(figures / "study.json", results)
     draw(results, lines, figures)
     tables = report(results, study.out)
-    (figures / "study.md").write_text(f"What `python tests/study.py` prints.\n\n{tables}\n", "utf-8")
+    (figures / "study.md").write_text(f"What `python tools/study.py` prints.\n\n{tables}\n", "utf-8")
     print(f"\n{tables}\n\n{(time.monotonic() - study.began) / 60:.0f} minutes; study.md, study.json and the pictures are in {figures}")
     return 0
 

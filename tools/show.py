@@ -1,6 +1,6 @@
 """Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token.
 
-    python tests/show.py runs/NAME [--n 5] [--no-color] [--no-model] [--png FILE]
+    python tools/show.py runs/NAME [--n 5] [--no-color] [--no-model] [--png FILE]
 
 Reads pairs.jsonl, evenly over the run. Where the run has written its model/, each token of B, B' and C carries a number:
 its log-prob under the trained policy, less that under the starting model where that is a folder here (not so for a run from
@@ -8,7 +8,6 @@ scratch). Sums below say where y- loses: in the segment (B against B') or at the
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -19,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import train
-from buffer import Pair
-from model import BadInput, ModelConfig, companions, load_pretrained, read_json
-from sapo import collate, token_scores
+from buffer import Pair, collate
+from losses import token_scores
+from machine.dataset import Text, read_line
+from machine.folders import BadInput, companions, config_from_dict, load_pretrained, read_json
+from machine.report import one_line
 
 INK = {"A": "\033[2m", "B": "\033[32m", "B'": "\033[31m", "C": "\033[36m"}      # dim, green, red, cyan
 PAPER = {"A": "#777777", "B": "#1a7f37", "B'": "#c0392b", "C": "#1f6feb"}
@@ -40,7 +40,7 @@ def read_pairs(run, n):
     path = run / "pairs.jsonl"
     if not path.is_file():
         raise BadInput(f"{path} is not there; a run writes it during SAPO steps, see --show-every")
-    rows = [train.read_line(line, path) for line in path.read_bytes().splitlines()]
+    rows = [read_line(line, path) for line in path.read_bytes().splitlines()]
     if not rows or not all(isinstance(r, dict) and {"step", "ids", "cuts"} <= set(r) for r in rows):
         raise BadInput(f"{path} holds no triples with their ids")
     n = min(n, len(rows))
@@ -113,7 +113,7 @@ def wrapped(tokens, width, kind):
 def prints(row, pair, text, policy, start, width, colour):
     """One triple as lines."""
     kind, paint = "change" if start else "log-prob", lambda s, part: f"{INK[part]}{s}\033[0m" if colour and s.strip() else s
-    lines = [f"step {row['step'] + 1}, data row {row['row']}", "x    " + train.one_line(text.decode(pair.prompt, True), 2 * width)]
+    lines = [f"step {row['step'] + 1}, data row {row['row']}", "x    " + one_line(text.decode(pair.prompt, True), 2 * width)]
     for name, tokens in zip(("y+", "y-"), sides(pair, text, policy, start)):
         inner = "B" if name == "y+" else "B'"
         at = [i for i, t in enumerate(tokens) if t.part == inner]
@@ -145,7 +145,7 @@ def draw(rows, pairs, text, policy, start, path):
     lines = []                                           # (x in characters, text, colour, background, font size), one list a line
     plain = lambda s, colour="black": lines.append([(0, s, colour, None, size)])
     for row, pair in zip(rows, pairs):
-        plain(f"step {row['step'] + 1}   " + train.one_line(text.decode(pair.prompt, True), columns - 12))
+        plain(f"step {row['step'] + 1}   " + one_line(text.decode(pair.prompt, True), columns - 12))
         for name, tokens in zip(("y+", "y-"), sides(pair, text, policy, start)):
             for cells in wrapped(tokens, columns - 4, kind):
                 upper, lower, x = [(0, name, "black", None, size)], [], 4
@@ -185,8 +185,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         rows = read_pairs(args.run, max(1, args.n))
-        text = train.Text(companions(args.run / "source"), args.run / "source",
-                          ModelConfig.from_dict(read_json(args.run / "source" / "config.json", "run folder")))
+        text = Text(companions(args.run / "source"), args.run / "source",
+                          config_from_dict(read_json(args.run / "source" / "config.json", "run folder")))
         policy, start = (None, None) if args.no_model else models(args.run)
     except (BadInput, OSError) as error:
         print(f"show: {error}", file=sys.stderr)

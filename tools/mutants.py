@@ -1,10 +1,10 @@
 """Planted bugs: each is one that somebody could make, and each has a test that must turn red.
 
-    python tests/mutants.py              plant each bug in a copy of the project and run its test: caught or MISSED
-    python tests/mutants.py list         the table; stations of the workshop are marked
-    python tests/mutants.py 7            plant number 7 here, for somebody to find
-    python tests/mutants.py homework     empty three functions here, for somebody to write
-    python tests/mutants.py undo         and put everything back
+    python tools/mutants.py              plant each bug in a copy of the project and run its test: caught or MISSED
+    python tools/mutants.py list         the table; stations of the workshop are marked
+    python tools/mutants.py 7            plant number 7 here, for somebody to find
+    python tools/mutants.py homework     empty three functions here, for somebody to write
+    python tools/mutants.py undo         and put everything back
 
 A new bug is one more entry below: a name, the file, the text it changes (found there exactly once), the new text, the
 test. Where the text is not found the program stops, so that no bug quietly stops being planted.
@@ -372,7 +372,7 @@ def mutated(mutant, root=ROOT):
     text = read(root, mutant.file)
     if text.count(mutant.old) != 1:
         raise Stop(f"'{mutant.name}': the text it changes is found {text.count(mutant.old)} times in {mutant.file}, not once. "
-                   f"Bring its entry in tests/mutants.py up to date:\n{mutant.old}")
+                   f"Bring its entry in tools/mutants.py up to date:\n{mutant.old}")
     return text.replace(mutant.old, mutant.new)
 
 
@@ -411,7 +411,7 @@ def emptied(text, function, what):
 def plant(root, changes):
     """Write {file: new text} into the working tree, the old texts into BACKUP."""
     if (root / BACKUP).exists():
-        raise Stop("something is planted here already; first: python tests/mutants.py undo")
+        raise Stop("something is planted here already; first: python tools/mutants.py undo")
     backup = {file: {"original": read(root, file), "planted": text} for file, text in changes.items()}
     (root / BACKUP).write_text(json.dumps(backup), "utf-8")
     for file, text in changes.items():
@@ -425,7 +425,7 @@ def undo(root, force=False):
     backup = json.loads((root / BACKUP).read_text("utf-8"))
     changed = [file for file, texts in backup.items() if read(root, file) not in texts.values()]
     if changed and not force:
-        raise Stop(f"{' and '.join(changed)} changed since; 'python tests/mutants.py undo --force' throws that work away, so copy it first")
+        raise Stop(f"{' and '.join(changed)} changed since; 'python tools/mutants.py undo --force' throws that work away, so copy it first")
     for file, texts in backup.items():
         write(root, file, texts["original"])
     (root / BACKUP).unlink()
@@ -457,7 +457,7 @@ def hunt(chosen, root=ROOT, jobs=2, say=print):
     A test that is red without a bug proves nothing, so all of them are run on the untouched copy first.
     """
     if (root / BACKUP).exists():
-        raise Stop("something is planted here; first: python tests/mutants.py undo")
+        raise Stop("something is planted here; first: python tools/mutants.py undo")
     texts, start, missed = {m: mutated(m, root) for m in chosen}, time.perf_counter(), []
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         copies = queue.SimpleQueue()
@@ -496,7 +496,7 @@ def numbered(text):
     """The mutants that '7' or '3,7,12' means."""
     numbers = [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text) else [0]
     if not all(1 <= n <= len(MUTANTS) for n in numbers):
-        raise Stop(f"{text!r} is not a number from 1 to {len(MUTANTS)}; see: python tests/mutants.py list")
+        raise Stop(f"{text!r} is not a number from 1 to {len(MUTANTS)}; see: python tools/mutants.py list")
     return [MUTANTS[n - 1] for n in numbers]
 
 
@@ -523,14 +523,14 @@ def main(arguments=None):
         plant(ROOT, texts)
         print("\n".join(["Three functions are empty now; their docstrings say what they promise:"] + [f"    {f}  {name}: {what}" for f, name, what in HOMEWORK]))
         print("You are done when this is green:  python -m pytest -x tests/test_losses.py tests/test_sapo.py tests/test_lora.py\n"
-              "To give up:                       python tests/mutants.py undo --force")
+              "To give up:                       python tools/mutants.py undo --force")
     else:
         mutant, = numbered(given.what)[:1]
         function = where(mutant, ROOT)
         plant(ROOT, {mutant.file: mutated(mutant)})
         print(f"{f'Station {mutant.station}. ' if mutant.station else ''}A bug is in {mutant.file} now. Open the function {function}.\n"
               f"This test turns red:  python -m pytest -x \"{mutant.test}\"\n"
-              f"To undo:              python tests/mutants.py undo")
+              f"To undo:              python tools/mutants.py undo")
     return 0
 
 

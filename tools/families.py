@@ -1,9 +1,9 @@
 """Every family of checkpoints against transformers, and SAPO on every family.
 
-    python tests/families.py [DIR ...]               one table: how far logits differ, for folders read and for folders written;
+    python tools/families.py [DIR ...]               one table: how far logits differ, for folders read and for folders written;
                                                      and for real checkpoints DIR, whether greedy text is the same too
-    python tests/families.py steps                   three steps of SAPO through train.main on a tiny random model of each family
-    python tests/families.py lora DIR                trained parameters and peak memory of one step, LoRA against all weights
+    python tools/families.py steps                   three steps of SAPO through train.main on a tiny random model of each family
+    python tools/families.py lora DIR                trained parameters and peak memory of one step, LoRA against all weights
 
 Everything is measured when it is asked for. A family here is a row of tests/test_model.py's FAMILIES under its public name;
 what differs between the members (biases, norms, ties, head size, window, rope) is what that row sets, far from defaults.
@@ -26,12 +26,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from conftest import NUMBERS, ROOT, oracle, random_texts, small_hf_model
 from test_model import FAMILIES, edit, load_theirs, read, transformers_4
 
 import model as code
 import train
-from model import companions, generate, load_pretrained, save_pretrained, saved_dtype
+from conftest import NUMBERS, oracle, random_texts, small_hf_model
+from machine.dataset import Row, Text
+from machine.flags import TINY, parse
+from machine.folders import SHARD_BYTES, companions, load_pretrained, save_pretrained, saved_dtype
+from machine.parallel import World
+from model import generate
+from sapo import sapo_step
 
 NAMED = {       # public name: (row of FAMILIES, folder of its tokenizer)
     "Llama 2": ("llama, a key-value head for each query head", "llama2"), "Llama 3": ("llama, head_dim null", "llama3_1"),
@@ -70,7 +75,7 @@ def differences(name, dialect, shards, dtype, folder):
     assert (len(list((folder / "theirs").glob("*.safetensors"))) > 2) == shards
     if dialect == 4:
         edit(folder / "theirs", **transformers_4(read(folder / "theirs"), "type") | {"torch_dtype": str(dtype).removeprefix("torch.")})
-    ours, before = load_pretrained(folder / "theirs"), code.SHARD_BYTES
+    ours, before = load_pretrained(folder / "theirs"), SHARD_BYTES
     code.SHARD_BYTES = 9000 if shards else before
     save_pretrained(ours, folder / "ours", saved_dtype(folder / "theirs"))
     code.SHARD_BYTES = before
@@ -120,7 +125,7 @@ def real(folder):
 def tokenizer_files(name):
     """({file name: bytes}, what it is) of a family's tokenizer, or of the tiny world's."""
     folder = Path(os.environ.get("SAPO_TOKENIZERS", "nowhere")) / name
-    return (companions(folder), name) if (folder / "tokenizer.json").exists() else (companions(train.TINY / "tiny_model"), "tiny")
+    return (companions(folder), name) if (folder / "tokenizer.json").exists() else (companions(TINY / "tiny_model"), "tiny")
 
 
 def a_checkpoint(name, folder):
@@ -142,16 +147,16 @@ def three_steps(name, folder):
              "--samples 1 --max-length 320").split()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        exit_code = train.main(["--model", str(folder / "model"), "--data", str(train.TINY / "tiny_validation.jsonl"),
+        exit_code = train.main(["--model", str(folder / "model"), "--data", str(TINY / "tiny_validation.jsonl"),
                                 "--out", str(folder / "run"), *flags])
     assert exit_code == 0, printed.getvalue()[-2000:]
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     ours, theirs = load_pretrained(folder / "run/model"), load_theirs(folder / "run/model")
     tokenizer = oracle("transformers").AutoTokenizer.from_pretrained(folder / "run/model")
-    ask, text = "Where is Ada?", train.Text(companions(folder / "model"), folder / "model", ours.config)
+    ask, text = "Where is Ada?", Text(companions(folder / "model"), folder / "model", ours.config)
     turns = [{"role": "user", "content": ask}]
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True) if text.template else tokenizer(ask)
-    assert text.encode([train.Row({"prompt": ask, "chosen": "There."}, "")])[0][0] == expected["input_ids"]
+    assert text.encode([Row({"prompt": ask, "chosen": "There."}, "")])[0][0] == expected["input_ids"]
     difference = gap(ours, theirs, torch.tensor(random_texts([90, 90], ours.config.vocab_size)))
     return which + ("" if text.template else ", no chat template"), [r["loss"] for r in rows if "loss" in r], difference
 
@@ -177,16 +182,16 @@ def one_step(folder, rank, loss, dtype):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
         flags = "--device cpu --optimizer adamw --batch-size 4 --micro-batch 2 --segment 16".split()
-        cfg, preset, _ = train.parse(["--model", folder, "--data", str(train.TINY / "tiny_train.jsonl"), "--out", f"{out}/run",
+        cfg, preset, _ = parse(["--model", folder, "--data", str(TINY / "tiny_train.jsonl"), "--out", f"{out}/run",
                                       "--lora", str(rank), "--loss", loss, "--dtype", dtype, *flags])
-        world = train.World(None)
+        world = World(None)
         world.place("cpu")
         run = train.Run(cfg, preset, None, world)
         before = now("VmHWM")                            # interpreter, libraries, tokenised rows
         run.model = run.starting_model()
         run.begin_sapo()
         run.refresh_writer()
-        assert torch.isfinite(torch.tensor(train.sapo_step(run.state, run.draw, run.local, run.autocast)["grad_norm"]))
+        assert torch.isfinite(torch.tensor(sapo_step(run.state, run.draw, run.local, run.autocast)["grad_norm"]))
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     base = sum(p.numel() for name, p in run.model.named_parameters() if "lora_" not in name)
     print(json.dumps([trained, base, now("VmHWM") - before]))

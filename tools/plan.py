@@ -1,7 +1,7 @@
 """What a run needs on each GPU, known before it is started, from config.json alone: no weight is read, no GPU is needed.
 
-    python tests/plan.py CONFIG_OR_DIR --world 8 --gpu-memory 80 [--loss orpo] [--lora 16] [--micro-batch 2] [--gradient-checkpointing]
-    python tests/plan.py --table            Mistral-7B and Llama-3-8B on 8 x 80 GB, 8 x 141 GB and 1 x 24 GB
+    python tools/plan.py CONFIG_OR_DIR --world 8 --gpu-memory 80 [--loss orpo] [--lora 16] [--micro-batch 2] [--gradient-checkpointing]
+    python tools/plan.py --table            Mistral-7B and Llama-3-8B on 8 x 80 GB, 8 x 141 GB and 1 x 24 GB
 
 Three ways to train: ddp (all weights on every GPU), lora (a frozen base and adapters, under DDP), shard (FSDP2). What
 stands all run long (`standing`) is exact: tests/test_plan.py holds it against the live tensors. What comes and goes
@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from model import BadInput, ModelConfig, Transformer, add_lora, read_json
-from sapo import KEPT, LOGITS
-from train import PRESETS, Config
+from losses import KEPT, LOGITS
+from machine.flags import PRESETS, Config
+from machine.folders import BadInput, config_from_dict, read_json
+from model import ModelConfig, Transformer, add_lora
 
 MODES = ("ddp", "lora", "shard")
 STANDING = ("weights", "gradients", "moments", "EMA", "writer", "reference")
@@ -206,7 +207,7 @@ def fit(config, mode, job, memory):
 
 def read(path):
     path = Path(path)
-    return ModelConfig.from_dict(read_json(path / "config.json" if path.is_dir() else path, "plan"))
+    return config_from_dict(read_json(path / "config.json" if path.is_dir() else path, "plan"))
 
 
 def gigabytes(n):
@@ -241,7 +242,7 @@ def print_table(job):
                 cells = []
                 for mode in MODES:
                     this = dataclasses.replace(job, world=world, loss=loss, optimizer=optimizer)
-                    best, size = fit(ModelConfig.from_dict(raw), mode, this, memory * 10**9)
+                    best, size = fit(config_from_dict(raw), mode, this, memory * 10**9)
                     cells.append("-" if mode == "shard" and world == 1 else f"{size / 1e9:.0f}, m {best.micro_batch}, w {best.write_rows}" if best else f"no ({size / 1e9:.0f})")
                 print(f"| {name} | {loss}, {optimizer} | {world} x {memory} GB | " + " | ".join(cells) + " |")
 

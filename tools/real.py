@@ -1,6 +1,6 @@
 """SAPO and its relatives on a real checkpoint: the study's arms, one seed, few steps, on data you bring.
 
-    python tests/real.py --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [--steps 30] [--arms "SFT,SAPO-DPO"]
+    python tools/real.py --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [--steps 30] [--arms "SFT,SAPO-DPO"]
 
 Every arm is `python train.py` with COMMON and its own flags of the table, on the same prompts for the same steps at the same
 learning rate, one process on one thread each, --jobs at a time; an arm that is in --out already is not run again, so take
@@ -8,11 +8,10 @@ another --out for other settings. In fewer steps than an epoch, "every epoch" is
 measured alike, computing in float32, on the held-out rows. Prints Markdown: held-out NLL a token; the share of rows on which y+ has
 the higher mean log-prob than the data's `rejected`, where there is one, and than the starting model's own greedy answer;
 the length of greedy answers in tokens; some of them side by side. Left out: seeds, intervals and tuning, which
-tests/study.py has; so a difference here is one observation.
+tools/study.py has; so a difference here is one observation.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -26,9 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import study
-import train
 from buffer import Pair
-from model import companions, generate, load_pretrained
+from machine.dataset import Data, Text, read_rows
+from machine.flags import parse
+from machine.folders import companions, load_pretrained
+from machine.parallel import World
+from machine.report import Held, evaluate, one_line
+from model import generate
 
 BATCH = 8
 ARMS = {        # arm: its flags beside COMMON, the study's with a buffer of one batch of this size; SAPO's segment is half the answer
@@ -75,14 +78,14 @@ def answers(model, data, text, tokens):
 def measure(folder, args, own):
     """({metric: value}, answers in ids, own); own: the starting model's answers, or None while that is what is measured."""
     model = load_pretrained(folder)
-    text = train.Text(companions(folder), folder, model.config)
-    cfg = train.parse(["--model", args.model, "--data", args.data, "--max-length", str(args.max_length), "--max-prompt-length", str(args.max_length * 7 // 8)])[0]
-    data = train.Data(train.read_rows(args.eval_data)[:args.rows], text, cfg, "held out")
+    text = Text(companions(folder), folder, model.config)
+    cfg = parse(["--model", args.model, "--data", args.data, "--max-length", str(args.max_length), "--max-prompt-length", str(args.max_length * 7 // 8)])[0]
+    data = Data(read_rows(args.eval_data)[:args.rows], text, cfg, "held out")
     examples, written = [data[i] for i in range(len(data))], answers(model, data, text, args.tokens)
     own = own or written
     pairs = [Pair(e.prompt, e.chosen, answer) for e, answer in zip(examples, own)]
     paired = [Pair(e.prompt, e.chosen, e.rejected) for e in examples if e.rejected]
-    found = train.evaluate(model, train.Held(data, pairs, []), None, cfg, train.World("cpu"), text, nullcontext, lambda: None)
+    found = evaluate(model, Held(data, pairs, []), None, cfg, World("cpu"), text, nullcontext, lambda: None)
     row = {"NLL": f"{found['nll']:.3f}", "ahead of the data's": f"{study.ahead(model, paired):.2f}" if paired else "-",
            "ahead of the start's own": f"{found['accuracy']:.2f}", "tokens": f"{statistics.mean(map(len, written)):.1f}"}
     return row, [text.decode(ids, True) for ids in written], own
@@ -104,7 +107,7 @@ def main(argv=None):
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(argv)
-    paired = all(row.rejected for row in train.read_rows(args.data))
+    paired = all(row.rejected for row in read_rows(args.data))
     arms = args.arms.split(",") if args.arms else [arm for arm in ARMS if paired or not arm.startswith("offline")]
     if set(arms) - set(ARMS):
         parser.error(f"--arms: choose from {', '.join(ARMS)}")
@@ -117,9 +120,9 @@ def main(argv=None):
         rows[arm], texts[arm], own = measure(args.model if arm == "start" else out / arm.replace(" ", "-") / "model", args, own)
     print(study.markdown(["arm", "flags", *rows["start"], "seconds"],
                          [[arm, f"`{own_flags(arm, paired)}`" if arm in ARMS else "", *row.values(), seconds.get(arm, "")] for arm, row in rows.items()]))
-    for i, row in enumerate(train.read_rows(args.eval_data)[:args.samples]):
+    for i, row in enumerate(read_rows(args.eval_data)[:args.samples]):
         shown = {"prompt": row.turns if isinstance(row.turns, str) else row.turns[-1]["content"], "y+": row.chosen, **{arm: texts[arm][i] for arm in texts}}
-        print("\n" + "\n".join(f"{name:<13} {train.one_line(text, 150)}" for name, text in shown.items()))
+        print("\n" + "\n".join(f"{name:<13} {one_line(text, 150)}" for name, text in shown.items()))
     return 0
 
 

@@ -1,6 +1,6 @@
 """What it costs: seconds and memory of this code beside transformers and TRL, on the same weights and the same tokens.
 
-    python tests/bench.py [generate|train|step|growth|all] [--device cpu|cuda] [--threads N] [--repeats 5]
+    python tools/bench.py [generate|train|step|growth|all] [--device cpu|cuda] [--threads N] [--repeats 5]
                           [--sizes tiny,small,smollm2] [--model DIR] [--json FILE] [--figure FILE.png] [--quick]
 
     generate   `generate` against transformers' (sampling, KV cache on), and against transformers without a cache, the authors' way
@@ -45,8 +45,10 @@ import numpy as np
 import torch
 
 import sapo
-from buffer import Pair, ReplayBuffer
-from model import ModelConfig, Transformer, generate, load_pretrained, save_pretrained, twin
+from buffer import Pair, ReplayBuffer, collate
+from losses import IGNORE, scored_tokens
+from machine.folders import load_pretrained, save_pretrained
+from model import ModelConfig, Transformer, generate, twin
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 MiB, GiB = 2**20, 2**30
@@ -264,7 +266,7 @@ def our_trainer(policy, reference, cfg, share=True, autocast=nullcontext):
     state = sapo.State.start(policy, cfg, (), keep_ref=False)
     state.ema = state.writer = policy                       # no EMA takes part here
     state.reference = reference if cfg.loss == "dpo" else None
-    collate = functools.partial(sapo.collate, share=share)
+    collate = functools.partial(collate, share=share)
 
     def step(pairs):
         with patch.object(sapo, "collate", collate):
@@ -575,8 +577,8 @@ def gpu_training(args, report, size, peak):
                 arms[name] = lambda name=name: losses[name].append(made[name][0](pairs))
             seconds = rounds(arms, args.repeats, args.device)
             memory, policy = memory_of(arms["ours"], args.device), made["ours"][1]
-            batch = sapo.collate(pairs, **sapo.scored_tokens(cfg))
-            tokens, labelled = batch.ids.numel(), int((batch.labels != sapo.IGNORE).sum())
+            batch = collate(pairs, **scored_tokens(cfg))
+            tokens, labelled = batch.ids.numel(), int((batch.labels != IGNORE).sum())
             N, head, middle = sum(p.numel() for p in policy.parameters()), policy.lm_head.weight.numel(), statistics.median(seconds["ours"])
             asked = (8 if loss == "dpo" else 6) * ((N - head) * tokens + head * labelled)
             report.row("GPU: training, bf16 autocast on float32 weights", {"seconds": seconds, "bytes": memory, "losses": losses, "tokens": tokens},

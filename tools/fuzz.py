@@ -1,7 +1,7 @@
 """Broken and hostile files, thousands of them: each must be taken, or refused in one line that a person can read.
 
-    python tests/fuzz.py all                 20,000 data lines, 2,000 of each JSON file, 1,000 headers, 500 templates
-    python tests/fuzz.py lines 500 --from 7  cases 7 to 506 of one kind: lines, configs, headers or templates
+    python tools/fuzz.py all                 20,000 data lines, 2,000 of each JSON file, 1,000 headers, 500 templates
+    python tools/fuzz.py lines 500 --from 7  cases 7 to 506 of one kind: lines, configs, headers or templates
 
 A case is a sound folder or data file in which one file was damaged, as a generator seeded by kind and number decides.
 It goes through train.main, with only the training itself left out, and in one case of 23 with the training as well
@@ -18,7 +18,6 @@ import copy
 import faulthandler
 import io
 import json
-import os
 import random
 import shutil
 import signal
@@ -32,13 +31,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from conftest import ROOT, small_model
 
 import model as code
 import train
-from model import BadInput, companions, save_pretrained
+from conftest import ROOT, small_model
+from machine.dataset import Data, Text, memory_limit, read_rows
+from machine.flags import Config
+from machine.folders import SHARD_BYTES, BadInput, companions, read_config, save_pretrained
 
-LIMIT = 12                  # seconds of computing a case; a template may take train.TEMPLATE_SECONDS twice, to be compiled and to render
+LIMIT = 12                  # seconds of computing a case; a template may take TEMPLATE_SECONDS twice, to be compiled and to render
 MEMORY = 4 * 2**30          # bytes of address space a case
 COUNTS = {"lines": 20_000, "configs": 2000, "headers": 1000, "templates": 500}
 ROWS = [{"prompt": "Who is Ada?", "chosen": "A girl with a red kite."},
@@ -193,7 +194,7 @@ class Bench:
             model = small_model(dtype=torch.float32, vocab_size=1024, hidden_size=12, intermediate_size=9, head_dim=4, num_attention_heads=4,
                                 max_position_embeddings=512,
                                 tie_word_embeddings=name == "llama", qkv_bias=name == "qwen2", qk_norm=name == "qwen3")
-            code.SHARD_BYTES, before = 30_000 if name == "mistral" else code.SHARD_BYTES, code.SHARD_BYTES
+            SHARD_BYTES, before = 30_000 if name == "mistral" else SHARD_BYTES, SHARD_BYTES
             save_pretrained(model, self.root / name, torch.float32, tokenizer | {"generation_config.json": json.dumps(GENERATION).encode()})
             code.SHARD_BYTES = before
             config = json.loads((self.root / name / "config.json").read_text())
@@ -207,8 +208,8 @@ class Bench:
         self.good = self.root / "good.jsonl"
         self.good.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
         folder = self.root / "llama"
-        self.text = train.Text(companions(folder), folder, code.read_config(folder))
-        self.cfg = train.Config(max_length=64, max_prompt_length=48)
+        self.text = Text(companions(folder), folder, read_config(folder))
+        self.cfg = Config(max_length=64, max_prompt_length=48)
 
     def damage(self, kind, number):
         """(file to damage, its new bytes, model folder, data file) of one case."""
@@ -258,7 +259,7 @@ class Bench:
 
     def lines(self, data):
         try:
-            train.Data(train.read_rows(data), self.text, self.cfg, "train")
+            Data(read_rows(data), self.text, self.cfg, "train")
             return 0
         except BadInput as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -285,11 +286,11 @@ class Bench:
 
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))      # as a process has them
         files, began, before = set(self.root.rglob("*")), time.process_time(), signal.signal(signal.SIGVTALRM, ring)
-        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)   # not ITIMER_REAL: that one belongs to train.time_limit
+        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)   # not ITIMER_REAL: that one belongs to time_limit
         faulthandler.dump_traceback_later(20 * LIMIT, exit=True, file=sys.__stderr__)       # for what no signal stops
         wrong = None
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), train.memory_limit(MEMORY):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), memory_limit(MEMORY):
                 result = function()
         except BaseException:
             wrong = traceback.format_exc(limit=-3)

@@ -1,0 +1,1 @@
+"""What a real run needs around the method: folders, processes, flags, data, reports and checkpoints."""
