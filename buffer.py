@@ -1,7 +1,10 @@
-"""The replay buffer: pairs wait here, first in, first out, and are drawn at random ([5] and [6] of Algorithm 1).
+"""A pair's life: it is made, waits in the replay buffer, is drawn, and becomes a row of a batch.
 
-Holds `Pair` and `ReplayBuffer`. Leaves out tensors, models and files: everything here is plain data, and the whole
-state goes through JSON and integer arrays.
+Holds `Pair`, `ReplayBuffer` ([5] and [6] of Algorithm 1: first in, first out, drawn at random) and
+`collate`, which lays pairs out as a `Batch`. Leaves out models and files: a pair is plain data, and
+the buffer's whole state goes through JSON and integer arrays.
+
+Axes: n pairs, R rows, T tokens of a row, P shared prefix, S continuation, L tokens of one text.
 """
 
 from collections import deque
@@ -16,10 +19,11 @@ from losses import IGNORE
 
 @dataclass(slots=True)
 class Pair:
-    """One triple (x, y+, y-) in token ids. B = chosen[start:stop], B' = rejected[start:rejected_stop].
+    """One triple (x, y+, y-) in token ids.
 
-    A = chosen[:start]; C = chosen[stop:], and it stands in y- too unless B' ended the answer. A pair that comes from
-    the data (offline DPO, evaluation) has start = stop = 0 and rejected_stop = 0.
+    A = chosen[:start], B = chosen[start:stop], B' = rejected[start:rejected_stop]. C, which is
+    chosen[stop:], stands in y- too unless B' ended the answer. A pair that comes from the data
+    (offline DPO, evaluation) has start = stop = rejected_stop = 0.
     """
     prompt: list            # x
     chosen: list            # y+ = A + B + C
@@ -28,43 +32,25 @@ class Pair:
     stop: int = 0
     rejected_stop: int = 0
     row: int = -1           # which row of the data x came from
-    step: int = 0           # the step for which y- was written
+    step: int = 0           # the step for which y- was generated
     uses: int = 0           # how often the pair was drawn
     ref_chosen: float = 0.0     # the reference's summed log-probs of y+ and y- ...
     ref_rejected: float = 0.0
     ref_version: int = -1       # ... and which reference that was; -1: none yet
-TOKENS = ("prompt", "chosen", "rejected")
-COUNTS = ("start", "stop", "rejected_stop", "row", "step", "uses", "ref_version")
-FLOATS = ("ref_chosen", "ref_rejected")
+
+    @property
+    def keeps_C(self):
+        """Whether y- goes on with C after B'."""
+        return 0 < self.rejected_stop < len(self.rejected)
 
 
-
-def pack(pairs):
-    """Pairs as four arrays: tokens (all of them in a row, int32), lengths (n, 3), counts (n, 7), floats (n, 2)."""
-    pairs = list(pairs)
-    table = lambda names, dtype: np.array([[getattr(p, k) for k in names] for p in pairs], dtype).reshape(-1, len(names))
-    lists = [getattr(p, k) for p in pairs for k in TOKENS]
-    return {"tokens": np.fromiter((t for x in lists for t in x), np.int32, sum(map(len, lists))),
-            "lengths": np.array([len(x) for x in lists], np.int64).reshape(-1, len(TOKENS)),
-            "counts": table(COUNTS, np.int64), "floats": table(FLOATS, np.float64)}
-
-
-
-def unpack(arrays):
-    """The pairs that `pack` took apart."""
-    ends = np.cumsum(arrays["lengths"].reshape(-1))
-    lists = [x.tolist() for x in np.split(arrays["tokens"], ends[:-1])] if len(ends) else []
-    rows = zip(arrays["counts"].tolist(), arrays["floats"].tolist())
-    return [Pair(*lists[3 * i:3 * i + 3], **dict(zip(COUNTS, counts)), **dict(zip(FLOATS, floats)))
-            for i, (counts, floats) in enumerate(rows)]
-
-
+# ---------------------------------------------------------------------------------- the buffer
 
 class ReplayBuffer:
-    """A queue of at most `capacity` pairs; the oldest leaves. Draws come from its own generator, seeded by `seed`.
+    """A queue of at most `capacity` pairs; the oldest leaves. Draws come from its own generator.
 
-    replay "uniform": every pair is as likely; "inverse-count": with weight 1 / (uses + 1), as the authors' code has it.
-    Either way no pair comes twice in one draw.
+    replay "uniform": every pair is as likely; "inverse-count": with weight 1 / (uses + 1), as the
+    authors' code has it. Either way no pair comes twice in one draw.
     """
 
     def __init__(self, capacity, seed=0, replay="uniform"):
@@ -72,7 +58,8 @@ class ReplayBuffer:
             raise ValueError(f"the buffer's capacity is {capacity}; it must be at least 1")
         if replay not in ("uniform", "inverse-count"):
             raise ValueError(f"replay is {replay!r}; choose uniform or inverse-count")
-        self.pairs, self.replay, self.rng = deque(maxlen=capacity), replay, np.random.default_rng(seed)
+        self.pairs = deque(maxlen=capacity)
+        self.replay, self.rng = replay, np.random.default_rng(seed)
 
     def __len__(self):
         return len(self.pairs)
@@ -87,7 +74,7 @@ class ReplayBuffer:
             raise ValueError(f"{n} pairs asked of a buffer that holds {len(self)}")
         weights = None
         if self.replay == "inverse-count":
-            weights = 1.0 / (1.0 + np.fromiter((p.uses for p in self.pairs), float, len(self)))
+            weights = 1.0 / (1.0 + np.array([p.uses for p in self.pairs], float))
             weights /= weights.sum()
         drawn = [self.pairs[i] for i in self.rng.choice(len(self), n, replace=False, p=weights)]
         for pair in drawn:
@@ -96,74 +83,153 @@ class ReplayBuffer:
 
     def state_dict(self):
         """Capacity, generator and pairs; `load_state_dict` continues the same draws."""
-        return {"capacity": self.pairs.maxlen, "rng": self.rng.bit_generator.state, "pairs": pack(self.pairs)}
+        return {"capacity": self.pairs.maxlen, "rng": self.rng.bit_generator.state,
+                "pairs": pack(self.pairs)}
 
     def load_state_dict(self, state):
         self.pairs = deque(unpack(state["pairs"]), maxlen=state["capacity"])
         self.rng.bit_generator.state = state["rng"]
 
 
+TOKENS = ("prompt", "chosen", "rejected")
+COUNTS = ("start", "stop", "rejected_stop", "row", "step", "uses", "ref_version")
+FLOATS = ("ref_chosen", "ref_rejected")
+
+
+def pack(pairs):
+    """Pairs as four arrays: all tokens one after another (int32), lengths (n, 3), counts (n, 7),
+    floats (n, 2)."""
+    pairs = list(pairs)
+    lists = [getattr(p, name) for p in pairs for name in TOKENS]
+    lengths = [len(tokens) for tokens in lists]
+    counts = [[getattr(p, name) for name in COUNTS] for p in pairs]
+    floats = [[getattr(p, name) for name in FLOATS] for p in pairs]
+    return {"tokens": np.array([t for tokens in lists for t in tokens], np.int32),
+            "lengths": np.array(lengths, np.int64).reshape(-1, len(TOKENS)),
+            "counts": np.array(counts, np.int64).reshape(-1, len(COUNTS)),
+            "floats": np.array(floats, np.float64).reshape(-1, len(FLOATS))}
+
+
+def unpack(arrays):
+    """The pairs that `pack` took apart."""
+    pairs, at = [], 0
+    for lengths, counts, floats in zip(arrays["lengths"], arrays["counts"], arrays["floats"]):
+        tokens = np.split(arrays["tokens"][at:at + lengths.sum()], np.cumsum(lengths)[:-1])
+        at += lengths.sum()
+        pairs.append(Pair(*[t.tolist() for t in tokens], **dict(zip(COUNTS, counts.tolist())),
+                          **dict(zip(FLOATS, floats.tolist()))))
+    return pairs
+
+
+# ---------------------------------------------------------------------------------- a batch
 
 class Batch(NamedTuple):
-    """n pairs as rows. Labels are shifted here, once in the project: labels[:, t] is the token after ids[:, t]."""
-    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S, or R = 2n where the trunk is not shared
+    """n pairs as rows. Labels are shifted here and nowhere else: labels[:, t] follows ids[:, t]."""
+    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S; R = 2n where nothing is shared
     positions: torch.Tensor     # (R, T) int64, each token's place in its own text
     labels: torch.Tensor        # (R, T) int64, IGNORE where nothing is scored
-    scored: torch.Tensor        # (R, T) bool, the labels that the preference compares; the others are for the NLL
-    seam: torch.Tensor          # (R, T) bool, those of the scored labels that are C, where both texts have it
-    trunk: int                  # P, 0 where it is not shared
-    lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; tokens of the NLL
+    scored: torch.Tensor        # (R, T) bool, labels that the preference compares; others are NLL's
+    seam: torch.Tensor          # (R, T) bool, those of the scored labels that are C, in both texts
+    lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; NLL's tokens
+    prefix: int                 # P, 0 where it is not shared
+    texts: list                 # what it was laid out from
 
     def to(self, device):
-        return Batch(*(t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t for t in self))
+        tensors = [t.to(device, non_blocking=True) for t in self[:6]]
+        return Batch(*tensors, *self[6:])
 
+    def some(self, rows):
+        """A Batch of some of the pairs of a shared one, without the others' padding."""
+        return lay_out([self.texts[i] for i in rows]).to(self.ids.device)
+
+
+class Side(NamedTuple):
+    """One text of a pair, prompt and response: (L,) each, a token and what is to be made of it."""
+    ids: np.ndarray             # int64
+    scored: np.ndarray          # bool: the preference compares it
+    labelled: np.ndarray        # bool: that, or it is in the NLL
+    seam: np.ndarray            # bool: scored, and C of both texts
+
+
+class Texts(NamedTuple):
+    """Both texts of a pair, and how many tokens they share in a row: all that they have in common
+    but the last, which opens both continuations, so that each keeps a token and a label."""
+    prefix: int
+    chosen: Side
+    rejected: Side
+
+
+def common_prefix(a, b):
+    """Length of the longest common prefix of two sequences of ids."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differ[0]) if len(differ) else n
+
+
+def label(pair, score_on, common, nll_on):
+    """The Texts of a Pair; the rest is as `collate` has it."""
+    x = len(pair.prompt)
+    chosen = np.array(pair.prompt + pair.chosen, np.int64)                 # (L,)
+    rejected = np.array(pair.prompt + pair.rejected, np.int64)             # (L,)
+    prefix = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1) - 1
+    sides = []
+    for ids, stop in ((chosen, pair.stop), (rejected, pair.rejected_stop)):
+        place, C = np.arange(len(ids)), x + stop                           # C: where it would begin
+        scored = place >= (x if common else max(x, prefix + 1))
+        if score_on == "segment":
+            scored &= (place >= x + pair.start) & (place < C)
+        labelled = scored.copy()
+        if ids is chosen and nll_on:
+            labelled[{"response": x, "prompt+response": 1}[nll_on]:] = True
+        sides.append(Side(ids, scored, labelled, scored & pair.keeps_C & (place >= C)))
+    return Texts(prefix, *sides)
 
 
 def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
     """Pairs as one Batch.
 
-    share: one row a pair, [trunk | chosen | rejected], the trunk being all that both texts have in common except the
-    last common token, which opens both branches, so that each label is a plain shift. Without it, two plain rows a
-    pair (first all chosen, then all rejected), or with sides=1 the chosen texts alone (supervised fine-tuning).
-    score_on: "response" or "segment" (B and B' only); common: count tokens of the trunk too; nll_on: further labels
-    for the chosen text, "response" or "prompt+response".
+    share: one row a pair, [prefix | chosen | rejected]. Without it, two plain rows a pair (first
+    all chosen, then all rejected), or with sides=1 the chosen texts alone (fine-tuning).
+    score_on: "response" or "segment" (B and B' only); common: score tokens that both texts begin
+    with too; nll_on: further labels for the chosen text, "response" or "prompt+response".
     """
-    texts, trunks = [], []
-    for p in pairs:
-        x = len(p.prompt)
-        chosen, rejected = (np.array(p.prompt + y, np.int64) for y in (p.chosen, p.rejected))
-        both = min(len(chosen), len(rejected))
-        differ = np.flatnonzero(chosen[:both] != rejected[:both])
-        trunks.append(min(differ[0] if len(differ) else both, both - 1) - 1)     # each branch keeps a token and a label
-        whole = score_on == "response"
-        spans = [(x, len(chosen)), (x, len(rejected))] if whole else [(x + p.start, x + p.stop), (x + p.start, x + p.rejected_stop)]
-        followed = 0 < p.rejected_stop < len(p.rejected)                         # C stands in both
-        for text, (start, stop), C in zip((chosen, rejected), spans, (p.stop, p.rejected_stop)):
-            counted = np.zeros(len(text), bool)          # tokens the preference compares
-            counted[max(start, 0 if common else trunks[-1] + 1):stop] = True
-            labelled = counted.copy()                    # and those of the NLL
-            if text is chosen and nll_on:
-                labelled[{"response": x, "prompt+response": 1}[nll_on]:] = True
-            after = counted & followed & (np.arange(len(text)) >= x + C)
-            texts.append((text, counted, labelled, after))
-
-    lengths = np.array([[c[1].sum(), r[1].sum(), c[2].sum()] for c, r in zip(texts[::2], texts[1::2])])
-    P = max(1, *trunks) if share else 0                  # at least one column, so that all processes make the same calls
+    texts = [label(p, score_on, common, nll_on) for p in pairs]
     if share:
-        S = max(len(text) - 1 - trunks[i // 2] for i, (text, *_) in enumerate(texts))
-        blocks = [[(texts[2 * i], 0, t, 0), (texts[2 * i], t, None, P), (texts[2 * i + 1], t, None, P + S)] for i, t in enumerate(trunks)]
-        width = P + 2 * S
-    else:
-        blocks = [[(text, 0, None, 0)] for text in texts[::2] + (texts[1::2] if sides == 2 else [])]
-        width = max(len(block[0][0][0]) for block in blocks) - 1
-    ids, labels = np.zeros((len(blocks), width), np.int64), np.full((len(blocks), width), IGNORE)
-    positions, (scored, seam) = np.tile(np.arange(width), (len(blocks), 1)), np.zeros((2, len(blocks), width), bool)
-    for row, pieces in enumerate(blocks):
-        if share:                                        # padding counts on from the trunk's length as well
-            positions[row, P:] = trunks[row] + np.tile(np.arange(S), 2)
-        for (text, counted, labelled, after), start, stop, column in pieces:
-            stop = len(text) - 1 if stop is None else stop
-            at, following = slice(column, column + stop - start), slice(start + 1, stop + 1)
-            ids[row, at], scored[row, at], seam[row, at] = text[start:stop], counted[following], after[following]
-            labels[row, at] = np.where(labelled[following], text[following], IGNORE)
-    return Batch(*map(torch.from_numpy, (ids, positions, labels, scored, seam)), int(P), torch.from_numpy(lengths))
+        return lay_out(texts)
+    rows = [t.chosen for t in texts] + [t.rejected for t in texts if sides == 2]
+    batch = _padding(texts, len(rows), max(len(row.ids) for row in rows) - 1, 0)
+    for i, row in enumerate(rows):
+        _place(batch, i, 0, row, 0, len(row.ids) - 1)
+    return batch
+
+
+def lay_out(texts):
+    """One row for each pair's Texts: [P prefix | S chosen | S rejected], padded on the right."""
+    P = max(1, *[t.prefix for t in texts])       # a column at least, so that processes call alike
+    S = max(max(len(t.chosen.ids), len(t.rejected.ids)) - 1 - t.prefix for t in texts)
+    batch = _padding(texts, len(texts), P + 2 * S, P)
+    for i, (p, chosen, rejected) in enumerate(texts):
+        batch.positions[i, P:] = p + torch.arange(S).repeat(2)             # of padding as well
+        _place(batch, i, 0, chosen, 0, p)
+        _place(batch, i, P, chosen, p, len(chosen.ids) - 1)
+        _place(batch, i, P + S, rejected, p, len(rejected.ids) - 1)
+    return batch
+
+
+def _padding(texts, rows, width, prefix):
+    """A Batch of padding alone, to be written into."""
+    ids, positions = torch.zeros(rows, width, dtype=torch.int64), torch.arange(width)
+    nothing = torch.zeros(rows, width, dtype=torch.bool)
+    lengths = [(t.chosen.scored.sum(), t.rejected.scored.sum(), t.chosen.labelled.sum()) for t in texts]
+    return Batch(ids, positions.repeat(rows, 1), torch.full_like(ids, IGNORE), nothing,
+                 nothing.clone(), torch.tensor(np.array(lengths)), prefix, texts)
+
+
+def _place(batch, row, column, text, start, stop):
+    """Write tokens start:stop of a Side into a row from `column` on, each with its label."""
+    here, after = slice(column, column + stop - start), slice(start + 1, stop + 1)
+    labels = np.where(text.labelled[after], text.ids[after], IGNORE)
+    batch.ids[row, here] = torch.from_numpy(text.ids[start:stop])
+    batch.labels[row, here] = torch.from_numpy(labels)
+    batch.scored[row, here] = torch.from_numpy(text.scored[after])
+    batch.seam[row, here] = torch.from_numpy(text.seam[after])

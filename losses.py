@@ -1,12 +1,14 @@
-"""Losses: what one pair (chosen, rejected) is worth, as pure functions of tensors.
+"""Losses: what one pair (chosen, rejected) is worth, and [7] of Algorithm 1.
 
-Holds the DPO, ORPO and SLiC losses and the token log-probs they are made of. Leaves out everything with a state: no model,
-no batch, no reduction. Every function keeps the dtype it is given, except that nothing is computed below float32.
+Holds the DPO, ORPO and SLiC losses as pure functions of tensors, the table `LOSSES`, the token
+log-probs they are made of, and what joins them to a model and a Batch. Leaves out everything with
+a state: no optimizer, no buffer, no reduction. Nothing is computed below float32.
 
-Axes: B pairs, T tokens, D hidden size, V vocabulary, N labelled tokens.
+Axes: n pairs, R rows, T tokens, D hidden size, V vocabulary, N labelled tokens.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,54 +17,64 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100        # the label of a token that is not scored (Hugging Face's value)
 LN2 = 0.6931471805599453
 NEAREST = -1e-12     # log-probs are kept this far from 0, where the odds p / (1 - p) are infinite
+LOGITS = 2**25       # so many logits at a time (128 MiB in float32); beyond that, in chunks
+KEPT = 2**28         # so many are kept for the backward pass (1 GiB); beyond that, computed again
 
+
+# ---------------------------------------------------------------------------------- the equations
+
+class Loss(NamedTuple):
+    """What a pair costs, and the rewards that the loss implies: each (n,)."""
+    value: torch.Tensor
+    chosen_rewards: torch.Tensor
+    rejected_rewards: torch.Tensor
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """DPO (arXiv 2305.18290, equation 7): -log sigmoid(beta [log pi/ref (y+) - log pi/ref (y-)]).
 
-    chosen, rejected: (B,) log-probs *summed* over response tokens, of the policy; ref_*: the same of the reference.
-    Returns (loss, chosen_rewards, rejected_rewards), each (B,); rewards are beta * log(pi / ref), in nats.
-    The beginning that both responses share cancels, so both sums may leave it out. A common ending (C) does not: it
-    stands after other tokens.
+    chosen, rejected: (n,) log-probs *summed* over response tokens, of the policy; ref_*: the same
+    of the reference. Returns a Loss; rewards are beta * log(pi / ref), in nats. The beginning
+    that both responses share cancels, so both sums may leave it out. A common ending (C) does not
+    cancel: it stands after other tokens.
     """
-    chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
-
+    chosen_rewards = beta * (chosen - ref_chosen)
+    rejected_rewards = beta * (rejected - ref_rejected)
+    loss = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    return Loss(loss, chosen_rewards, rejected_rewards)
 
 
 def orpo_loss(nll, chosen, rejected, lam):
-    """ORPO (arXiv 2403.07691, equations 6 and 7): NLL(y+) - lam log sigmoid(log odds(y+) - log odds(y-)).
+    """ORPO (arXiv 2403.07691, eq. 6, 7): NLL(y+) - lam log sigmoid(log odds(y+) - log odds(y-)).
 
-    nll: (B,) mean negative log-prob of the chosen text; chosen, rejected: (B,) log-probs *averaged* over response
-    tokens, all <= 0. Returns (loss, chosen_rewards, rejected_rewards), each (B,); rewards are lam * mean log-prob.
+    nll: (n,) mean negative log-prob of the chosen text; chosen, rejected: (n,) log-probs
+    *averaged* over response tokens, all <= 0. Returns a Loss; rewards are lam * mean log-prob.
     With lam 0 this is supervised fine-tuning.
     """
     ratio = log_odds(chosen) - log_odds(rejected)
-    return nll - lam * F.logsigmoid(ratio), lam * chosen, lam * rejected
-
+    return Loss(nll - lam * F.logsigmoid(ratio), lam * chosen, lam * rejected)
 
 
 def slic_loss(nll, chosen, rejected, delta, lam):
-    """SLiC-HF (arXiv 2305.10425, equation 1): max(0, delta - log pi(y+) + log pi(y-)) + lam NLL(y+), without a reference.
+    """SLiC-HF (arXiv 2305.10425, eq. 1): max(0, delta - log pi(y+) + log pi(y-)) + lam NLL(y+).
 
-    nll: (B,) negative log-prob of the chosen text; chosen, rejected: (B,) log-probs; all three *summed* over response
-    tokens. Returns (loss, chosen_rewards, rejected_rewards), each (B,); rewards are the log-probs.
+    nll: (n,) negative log-prob of the chosen text; chosen, rejected: (n,) log-probs; all three
+    *summed* over response tokens. There is no reference. Returns a Loss; rewards are the log-probs.
     """
-    return F.relu(delta - chosen + rejected) + lam * nll, chosen, rejected
-
+    return Loss(F.relu(delta - chosen + rejected) + lam * nll, chosen, rejected)
 
 
 def log_odds(logp):
-    """log(p / (1 - p)) of log p <= 0 (ORPO, equation 4); finite, with a finite gradient, from 0 to -1e4 and beyond."""
+    """log(p / (1 - p)) of log p <= 0 (ORPO, equation 4); finite, with a finite gradient, from 0
+    to -1e4 and beyond."""
     return logp - log1mexp(logp)
 
 
-
 def log1mexp(x):
-    """log(1 - exp(x)) for x <= 0, exact on both sides of -ln 2 (Maechler 2012, "Accurately computing log(1 - exp)").
+    """log(1 - exp(x)) for x <= 0, exact on both sides of -ln 2 (Maechler 2012).
 
-    `where` differentiates the branch it does not take as well, so each branch is given only arguments that suit it.
+    `where` differentiates the side it does not take as well, so each side is given only arguments
+    that suit it.
     """
     near = x > -LN2
     from_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0).clamp(max=NEAREST)))
@@ -70,90 +82,119 @@ def log1mexp(x):
     return torch.where(near, from_expm1, from_log1p)
 
 
+# ---------------------------------------------------------------------------------- log-probs
 
 def token_logps(hidden, weight, labels, chunk=0, keep=0):
     """Log-prob of each label under softmax(hidden @ weight.T), 0 where the label is IGNORE.
 
-    hidden (B, T, D), weight (V, D), labels (B, T) int64, already where they are predicted: hidden[:, t] predicts
-    labels[:, t]. Returns (B, T), float32 or wider. The head runs on labelled tokens only. With chunk > 0 it runs on
-    that many tokens at a time, so that logits and their gradients never exist for all at once; and where more than
-    `keep` tokens have a label it runs again in the backward pass, which then needs no (N, V) log-softmax.
+    hidden (R, T, D), weight (V, D), labels (R, T) int64, already where they are predicted:
+    hidden[:, t] predicts labels[:, t]. Returns (R, T), float32 or wider. The head runs on labelled
+    tokens only. With chunk > 0 it runs on that many tokens at a time, so that logits and their
+    gradients never exist for all at once; and where more than `keep` tokens have a label it runs
+    again in the backward pass, which then needs no (N, V) log-softmax.
     """
     wanted = labels != IGNORE
-    rows, targets = hidden[wanted], labels[wanted]                                     # (N, D), (N,)
+    rows = hidden[wanted]                                                  # (N, D)
+    targets = labels[wanted]                                               # (N,)
     if chunk and len(rows) > chunk:
-        again = partial(checkpoint, _label_logps, use_reentrant=False, preserve_rng_state=False)
-        head = again if len(rows) > keep else _label_logps
-        logps = torch.cat([head(r, weight, t) for r, t in zip(rows.split(chunk), targets.split(chunk))])
+        head = _label_logps
+        if len(rows) > keep:
+            head = partial(checkpoint, head, use_reentrant=False, preserve_rng_state=False)
+        parts = zip(rows.split(chunk), targets.split(chunk))
+        logps = torch.cat([head(some, weight, theirs) for some, theirs in parts])
     else:
         logps = _label_logps(rows, weight, targets)
     return logps.new_zeros(labels.shape).masked_scatter(wanted, logps)
 
 
-
 def _label_logps(rows, weight, targets):
-    logits = F.linear(rows, weight)                                                    # (N, V)
+    logits = F.linear(rows, weight)                                        # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, targets, reduction="none")                         # (N,)
-LOGITS = 2**25      # so many logits at a time (128 MiB in float32); where there are more, the head runs in chunks
-KEPT = 2**28        # so many are kept for the backward pass (1 GiB); where there are more, it computes them again
+    return -F.cross_entropy(logits, targets, reduction="none")             # (N,)
 
 
-
-def preference_loss(policy, batch, cfg, reference=None):
-    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: the reference's (chosen, rejected), for DPO.
-
-    DPO and SLiC take sums of log-probs, ORPO means; `scored_tokens` says of which tokens.
-    Two metrics are this method's own: log p(C after A B) - log p(C after A B'), the seam, 0 where y- has no C, and the
-    rest of the gap log p(y+) - log p(y-): B against B' (B and C against a B' that ended the answer).
-    """
-    logps = token_scores(policy, batch)
-    chosen, rejected = fold(logps * batch.scored, batch)
-    gap, seam = chosen - rejected, torch.sub(*fold(logps * batch.seam, batch))
-    if cfg.loss == "dpo":
-        loss, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, *reference, cfg.beta)
-        extra = {}
-    elif cfg.loss == "orpo":
-        nll = -fold(logps, batch)[0] / batch.lengths[:, 2]
-        chosen, rejected = chosen / batch.lengths[:, 0], rejected / batch.lengths[:, 1]
-        loss, chosen_rewards, rejected_rewards = orpo_loss(nll, chosen, rejected, cfg.lam)
-        ratio = (log_odds(chosen) - log_odds(rejected)).detach()                       # TRL's log_odds_chosen
-        extra = {"nll_loss": nll, "log_odds_ratio": torch.nn.functional.logsigmoid(ratio), "log_odds_chosen": ratio}
-    elif cfg.loss == "slic":
-        nll = -fold(logps, batch)[0]
-        loss, chosen_rewards, rejected_rewards = slic_loss(nll, chosen, rejected, cfg.delta, cfg.lam)
-        extra = {"nll_loss": nll / batch.lengths[:, 2]}
-    else:
-        raise ValueError(f"loss is {cfg.loss!r}; choose dpo, orpo or slic")
-    margins = (chosen_rewards - rejected_rewards).detach()
-    return loss, {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "rewards/margins": margins,
-                  "rewards/accuracies": (margins > 0).to(loss.dtype), "logps/chosen": chosen, "logps/rejected": rejected,
-                  "pairs/segment_gap": gap - seam, "pairs/seam_gap": seam} | extra
-
-
-
-def scored_tokens(cfg):
-    """What collate must label for a loss: sums may leave out the common beginning, which cancels; ORPO's means need all of y."""
-    return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": None if cfg.loss == "dpo" else cfg.nll_on}
-
-
-
-def token_scores(model, batch):
+def batch_logps(model, batch):
     """Log-prob of every label of a Batch: (R, T), float32 or wider, 0 where there is no label."""
-    head = lambda hidden, weight: token_logps(hidden, weight, batch.labels, *(max(1, n // weight.shape[0]) for n in (LOGITS, KEPT)))
-    return model(batch.ids, positions=batch.positions, trunk=batch.trunk, head=head)
+    def head(hidden, weight):
+        chunk, keep = max(1, LOGITS // len(weight)), max(1, KEPT // len(weight))
+        return token_logps(hidden, weight, batch.labels, chunk, keep)
+
+    return model(batch.ids, positions=batch.positions, prefix=batch.prefix, head=head)
 
 
-
-def fold(values, batch):
-    """Sums of values (R, T) over each chosen and each rejected text: two (n,). The trunk counts in both."""
-    if not batch.trunk:
+def by_side(values, batch):
+    """Sums of values (R, T) over each chosen and each rejected text: two (n,). What stands in the
+    shared prefix counts in both."""
+    if not batch.prefix:
         return values.sum(-1).chunk(2)
-    common, branches = values[:, :batch.trunk].sum(-1), values[:, batch.trunk:].unflatten(1, (2, -1)).sum(-1)   # (n,), (n, 2)
-    return common + branches[:, 0], common + branches[:, 1]
-
+    prefix = values[:, :batch.prefix].sum(-1)                              # (n,)
+    continuations = values[:, batch.prefix:].unflatten(1, (2, -1)).sum(-1)  # (n, 2)
+    return prefix + continuations[:, 0], prefix + continuations[:, 1]
 
 
 def score(model, batch):
-    """Summed log-probs (chosen, rejected), each (n,), of the tokens a Batch scores. Policy, reference and evaluation alike."""
-    return fold(token_scores(model, batch) * batch.scored, batch)
+    """Summed log-probs (chosen, rejected), each (n,), of the tokens that a Batch scores. Policy,
+    reference and evaluation all come through here."""
+    return by_side(batch_logps(model, batch) * batch.scored, batch)
+
+
+# ---------------------------------------------------------------------------------- [7]
+
+class Scores(NamedTuple):
+    """What a loss may look at, each (n,), summed over tokens."""
+    chosen: torch.Tensor            # log p of the scored tokens of y+
+    rejected: torch.Tensor          # ... and of y-
+    nll: torch.Tensor               # negative log p of the chosen text, as `nll_on` says
+    lengths: torch.Tensor           # (n, 3): how many tokens these three are
+    reference: tuple | None         # (chosen, rejected) of the reference, for DPO
+
+
+def _dpo(scores, cfg):
+    loss = dpo_loss(scores.chosen, scores.rejected, *scores.reference, cfg.beta)
+    return loss, {"logps/chosen": scores.chosen, "logps/rejected": scores.rejected}
+
+
+def _orpo(scores, cfg):
+    nll = scores.nll / scores.lengths[:, 2]
+    chosen, rejected = scores.chosen / scores.lengths[:, 0], scores.rejected / scores.lengths[:, 1]
+    ratio = (log_odds(chosen) - log_odds(rejected)).detach()               # TRL's log_odds_chosen
+    return orpo_loss(nll, chosen, rejected, cfg.lam), {
+        "logps/chosen": chosen, "logps/rejected": rejected, "nll_loss": nll,
+        "log_odds_ratio": F.logsigmoid(ratio), "log_odds_chosen": ratio}
+
+
+def _slic(scores, cfg):
+    loss = slic_loss(scores.nll, scores.chosen, scores.rejected, cfg.delta, cfg.lam)
+    return loss, {"logps/chosen": scores.chosen, "logps/rejected": scores.rejected,
+                  "nll_loss": scores.nll / scores.lengths[:, 2]}
+
+
+LOSSES = {"dpo": _dpo, "orpo": _orpo, "slic": _slic}    # Scores, settings -> (Loss, {metric: (n,)})
+
+
+def scored_tokens(cfg):
+    """What `collate` must label for a loss: sums may leave out the common beginning, which
+    cancels; ORPO's means need all of y."""
+    nll_on = None if cfg.loss == "dpo" else cfg.nll_on
+    return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": nll_on}
+
+
+def preference_loss(policy, batch, cfg, reference=None):
+    """[7]: (loss (n,), {metric: (n,)}) of a Batch; reference: that model's (chosen, rejected).
+
+    Two metrics are this method's own. pairs/seam_gap: log p(C after A B) - log p(C after A B'),
+    0 where y- has no C. pairs/segment_gap: the rest of log p(y+) - log p(y-), which is B against
+    B' (or B and C against a B' that ended the answer).
+    """
+    logps = batch_logps(policy, batch)                                     # (R, T)
+    chosen, rejected = by_side(logps * batch.scored, batch)                # (n,), (n,)
+    gap = chosen - rejected
+    seam = torch.sub(*by_side(logps * batch.seam, batch))
+    nll = -by_side(logps, batch)[0]
+    scores = Scores(chosen, rejected, nll, batch.lengths, reference)
+    loss, metrics = LOSSES[cfg.loss](scores, cfg)
+    margins = (loss.chosen_rewards - loss.rejected_rewards).detach()
+    return loss.value, metrics | {
+        "rewards/chosen": loss.chosen_rewards, "rewards/rejected": loss.rejected_rewards,
+        "rewards/margins": margins, "rewards/accuracies": (margins > 0).to(margins.dtype),
+        "pairs/segment_gap": gap - seam, "pairs/seam_gap": seam}

@@ -1,16 +1,16 @@
-"""The decoder: Llama and its close relatives, written out by hand, with loading, saving and batched generation.
+"""The decoder: Llama and its close relatives, written out by hand, with batched generation.
 
-Holds the architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU), the KV cache, `sample` and
-`generate`, LoRA, and Hugging Face folders of safetensors in and out. Leaves out tokenizers, training and processes.
-Parameter names are the checkpoint's own, so loading needs no renaming table and is strict.
+Holds the architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU), the KV cache,
+`sample` and `generate`, LoRA, and `twin`. Leaves out files, tokenizers, training and processes:
+machine/folders.py reads checkpoints, whose parameter names are the ones used here.
 
-Axes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head size, V vocabulary, W cached keys;
-      P trunk, S branch: a row may be [P trunk | S chosen | S rejected], see `Transformer.forward`.
+Axes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head size, V vocabulary,
+      W cached keys; P prefix, S continuation: a row may be [P prefix | S chosen | S rejected], see
+      `Transformer.forward`.
 """
 
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-LARGE = 2**17                                            # numbers of a matrix from which on `linear` takes its other product
-
+LARGE = 2**17        # numbers of a matrix from which on `linear` takes its other product
 
 
 @dataclass
@@ -42,14 +41,46 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None      # a token sees itself and the window - 1 tokens before it
-    source: dict = field(default_factory=dict, repr=False)   # config.json as it was read, for writing it back
+    source: dict = field(default_factory=dict, repr=False)   # config.json as it was read
 
+
+# ---------------------------------------------------------------------------------- the layers
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 or wider and cast back before the weight."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = wide.square().mean(-1, keepdim=True)
+        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+
+
+def linear(x, weight, bias=None):
+    """F.linear, x (..., columns) -> (..., rows), but where a CPU decodes (few tokens, a large
+    matrix) as a batched product of 16 rows at a time. The usual one packs the whole matrix anew in
+    each call; this one takes half the time on two cores (tools/bench.py generate).
+    """
+    few = x.numel() // x.shape[-1] <= 32 and weight.numel() >= LARGE and weight.shape[0] % 16 == 0
+    if not few or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    parts = x.reshape(-1, x.shape[-1]) @ weight.unflatten(0, (-1, 16)).mT  # (rows / 16, N, 16)
+    out = parts.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 def inverse_frequencies(config):
     """Rotary inverse frequencies theta^(-2i/E), scaled as the config asks: (E / 2,) float32.
 
-    llama3 scaling: long waves are slowed by `factor`, short ones are left alone, and those between are blended.
+    llama3 scaling: long waves are slowed by `factor`, short ones left alone, others blended.
     """
     i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     inv = 1.0 / config.rope_theta ** (i / config.head_dim)
@@ -60,106 +91,77 @@ def inverse_frequencies(config):
     if rope["rope_type"] == "linear":
         return slowed
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)    # full turns within the original context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)                         # 0: slow it down, 1: leave it
+    turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)     # in that context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)                      # 0: slow it, 1: leave it
     return (1 - keep) * slowed + keep * inv
-
-
-
-# ------------------------------------------------------------------------------------------------ the decoder
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 or wider and cast back before the weight."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-    def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-
-def linear(x, weight, bias=None):
-    """F.linear, x (..., columns) -> (..., rows), with another product where a CPU decodes: few tokens, a large matrix.
-
-    The usual one packs the whole matrix anew in each call, and leaves cores idle. A batched product of 16 of its rows at
-    a time makes the same sums, rounding aside; on two cores in half the time (tests/bench.py generate).
-    """
-    few = x.numel() // x.shape[-1] <= 32 and weight.numel() >= LARGE and weight.shape[0] % 16 == 0
-    if not few or not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    parts = x.reshape(-1, x.shape[-1]) @ weight.unflatten(0, (-1, 16)).mT              # (rows / 16, N, 16)
-    out = parts.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    return out if bias is None else out + bias
-
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
 
 
 def rotate(x, cos, sin):
     """Rotary positions on x (B, heads, T, E): the first half of a head pairs with its second half.
 
-    cos, sin (B, 1, T, E) are those of (-angles, angles), so that what is added to the first half is subtracted.
+    cos, sin (B, 1, T, E) are those of (-angles, angles), hence the minus of the first half.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-
 def attend(q, k, v, mask):
-    """Softmax attention: q (B, H, T, E); k, v (B, K, W, E); mask "causal" or bool, True where visible -> (B, H, T, E)."""
+    """Softmax attention: q (B, H, T, E); k, v (B, K, W, E) -> (B, H, T, E).
+
+    mask: "causal", or bool, True where a key is visible.
+    """
     causal = isinstance(mask, str)
-    if q.shape[2] == 1 and not causal:                   # one query a row: the heads of a group are rows of one matrix
-        B, H, _, E = q.shape
-        return F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, E), k, v, attn_mask=mask).view(B, H, 1, E)
-    if k.shape[1] != q.shape[1]:                         # expanded, because masked CUDA backends take no groups
+    if q.shape[2] == 1 and not causal:     # one query: the heads of a group are rows of one matrix
+        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])            # (B, K, H / K, E)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+    if k.shape[1] != q.shape[1]:           # expanded, because masked CUDA backends take no groups
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)
+    mask = None if causal else mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
+def attend_continuations(q, k, v, prefix, prefix_mask, mask):
+    """Attention of rows [P prefix | S chosen | S rejected]: each continuation sees the prefix and
+    itself, never the other."""
+    P, S = prefix, (q.shape[2] - prefix) // 2
 
-def attend_branches(q, k, v, trunk, trunk_mask, branch_mask):
-    """Attention of rows [P trunk | S chosen | S rejected]: each branch sees the trunk and itself, never the other."""
-    B, _, T, E = q.shape
-    P, S = trunk, (T - trunk) // 2
-
-    def fold(t):         # (B, heads, 2S, E) -> (2B, heads, S, E): the branches become rows
+    def fold(t):         # (B, heads, 2S, E) -> (2B, heads, S, E): the continuations become rows
         return t[:, :, P:].unflatten(2, (2, S)).transpose(1, 2).flatten(0, 1)
 
-    def behind(t):       # (2B, heads, P + S, E): the trunk, once for each branch, then the branch itself
+    def behind(t):       # (2B, heads, P + S, E): the prefix, once for each, then the continuation
         return torch.cat((t[:, :, :P].repeat_interleave(2, 0), fold(t)), 2)
 
-    on_trunk = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], trunk_mask)
-    on_branches = attend(fold(q), behind(k), behind(v), branch_mask)                   # (2B, H, S, E)
-    return torch.cat((on_trunk, on_branches.unflatten(0, (B, 2)).transpose(1, 2).flatten(2, 3)), 2)
-
+    first = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], prefix_mask)     # (B, H, P, E)
+    rest = attend(fold(q), behind(k), behind(v), mask)                     # (2B, H, S, E)
+    return torch.cat((first, rest.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)), 2)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
-        norm = (lambda: RMSNorm(c.head_dim, c.rms_norm_eps)) if c.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, queries, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
+        self.o_proj = Linear(queries, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, masks, trunk, cache):
-        heads = lambda t: t.unflatten(-1, (-1, self.head_dim))                         # (B, T, heads, E)
-        q = rotate(self.q_norm(heads(self.q_proj(x))).transpose(1, 2), *rope)          # (B, H, T, E)
-        k = rotate(self.k_norm(heads(self.k_proj(x))).transpose(1, 2), *rope)          # (B, K, T, E)
-        v = heads(self.v_proj(x)).transpose(1, 2)                                      # (B, K, T, E)
+    def heads(self, t):
+        return t.unflatten(-1, (-1, self.head_dim))                        # (B, T, heads, E)
+
+    def forward(self, x, rope, masks, prefix, cache):
+        q = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2)        # (B, H, T, E)
+        k = self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2)        # (B, K, T, E)
+        v = self.heads(self.v_proj(x)).transpose(1, 2)                     # (B, K, T, E)
+        q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.put(k, v)                                                     # (B, K, W, E)
-        out = attend_branches(q, k, v, trunk, *masks) if trunk else attend(q, k, v, masks[0])
-        return self.o_proj(out.transpose(1, 2).flatten(2))                             # (B, T, D)
-
+            k, v = cache.put(k, v)                                         # (B, K, W, E)
+        if prefix:
+            out = attend_continuations(q, k, v, prefix, *masks)
+        else:
+            out = attend(q, k, v, masks[0])
+        return self.o_proj(out.transpose(1, 2).flatten(2))                 # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -170,8 +172,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))             # SwiGLU
-
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))     # SwiGLU
 
 
 class Block(nn.Module):
@@ -182,11 +183,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, masks, trunk=0, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, masks, trunk, cache)
+    def forward(self, x, rope, masks, prefix=0, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, masks, prefix, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# ---------------------------------------------------------------------------------- the decoder
 
 class Decoder(nn.Module):
     def __init__(self, c):
@@ -196,9 +198,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-
 class Transformer(nn.Module):
-    """A causal language model. `gradient_checkpointing` recomputes each block in the backward pass."""
+    """A causal language model. `gradient_checkpointing` recomputes each block going backward."""
 
     def __init__(self, config):
         super().__init__()
@@ -207,91 +208,107 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.inv_freq = inverse_frequencies(config)      # float32 whatever the weights are cast to, hence no buffer
+        self.inv_freq = inverse_frequencies(config)      # float32 always, hence no buffer
 
-    def init_weights(self, generator):
-        """Draw each matrix (rows, columns) from N(0, 1 / columns), what writes to the residual stream smaller by sqrt(2 layers).
+    def init_weights(self, rng):
+        """Draw each matrix (rows, columns) from N(0, 1 / columns), what writes to the residual
+        stream smaller by sqrt(2 layers). rng: a torch.Generator.
 
-        At this size the usual 0.02 leaves attention flat for hundreds of steps, and nothing is copied from the prompt.
+        At a small size the usual 0.02 leaves attention flat for hundreds of steps.
         """
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0.0, (p.shape[1] * (2 * self.config.num_hidden_layers if residual else 1)) ** -0.5, generator)
+                shrink = 2 * self.config.num_hidden_layers if residual else 1
+                nn.init.normal_(p, 0.0, (p.shape[1] * shrink) ** -0.5, rng)
         return self
 
-    def forward(self, ids, positions=None, trunk=0, cache=None, head=None):
-        """Logits (B, T, V) of ids (B, T) int64, or head(hidden, lm_head.weight) where `head` is given.
+    def forward(self, ids, positions=None, prefix=0, cache=None, head=None):
+        """Logits (B, T, V) of ids (B, T) int64, or head(hidden, lm_head.weight) where one is given.
 
-        positions (B, T): each token's place in its own text; 0, 1, 2 ... where not given. Rows are padded on the right,
-        and padding needs no mask: nothing before it can see it.
-        trunk = P > 0: a row is [P trunk | S chosen | S rejected], two texts with a common beginning. Each branch sees
-        the trunk and itself. positions[:, P], where a branch starts, is the trunk's true length.
+        positions (B, T): each token's place in its own text; 0, 1, 2 ... where not given. Rows are
+        padded on the right, and padding needs no mask: nothing before it can see it.
+        prefix = P > 0: a row is [P prefix | S chosen | S rejected], two texts with a common
+        beginning. Each continuation sees the prefix and itself. positions[:, P], where a
+        continuation starts, is the prefix's true length.
         cache: a KVCache to read and extend.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        x = self.model.embed_tokens(ids)                                               # (B, T, D)
+        x = self.model.embed_tokens(ids)                                   # (B, T, D)
         self.inv_freq = self.inv_freq.to(ids.device)
-        angles = positions[:, None, :, None] * self.inv_freq                           # (B, 1, T, E / 2), float32
-        angles = torch.cat((-angles, angles), -1)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                      # (B, 1, T, E)
-        masks = self._masks(positions, trunk, cache)
+        angles = positions[:, None, :, None] * self.inv_freq               # (B, 1, T, E / 2)
+        angles = torch.cat((-angles, angles), -1)                          # float32
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)          # (B, 1, T, E)
+        masks = self._masks(positions, prefix, cache)
         for i, block in enumerate(self.model.layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, masks, trunk, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rope, masks, prefix, use_reentrant=False,
+                               preserve_rng_state=False)
             else:
-                x = block(x, rope, masks, trunk, None if cache is None else cache.layer(i, positions))
+                layer = None if cache is None else cache.layer(i, positions)
+                x = block(x, rope, masks, prefix, layer)
         x = self.model.norm(x)
         return head(x, self.lm_head.weight) if head else self.lm_head(x)
 
-    def _masks(self, positions, trunk, cache):
-        """(mask of the trunk or of the whole row, mask of the branches): "causal" where no tensor is needed."""
+    def _visible(self, query, key):
+        """Whether key k may be seen by query q, (..., q, k): q - window < k <= q, both places."""
+        query, key = query[..., :, None], key[..., None, :]
+        window = self.config.sliding_window
+        return (key <= query) & (key > query - window) if window else key <= query
+
+    def _masks(self, positions, prefix, cache):
+        """(mask of the prefix or of the whole row, mask of the continuations): "causal" where no
+        tensor is needed, None where there is nothing."""
         window, T = self.config.sliding_window, positions.shape[1]
-
-        def visible(query, key):    # places in the text; key k is visible to query q iff q - window < k <= q
-            seen = key[..., None, :] <= query[..., :, None]
-            return seen & (key[..., None, :] > query[..., :, None] - window) if window else seen
-
         if cache is not None and T == 1:
             slots = torch.arange(cache.width, device=positions.device)
-            return visible(positions, slots)[:, None], None                            # (B, 1, 1, W)
-        P = trunk or T
+            return self._visible(positions, slots)[:, None], None          # (B, 1, 1, W)
+        P = prefix or T
         row = torch.arange(P, device=positions.device)
-        first = visible(row, row) if window and P > window else "causal"               # (P, P)
-        if not trunk:
+        first = self._visible(row, row) if window and P > window else "causal"     # (P, P)
+        if not prefix:
             return first, None
-        branches = positions[:, P:].unflatten(1, (2, -1)).flatten(0, 1)                # (2B, S)
-        length = branches[:, :1]                                                       # the trunk's true length
-        on_trunk = visible(branches, row.expand(len(branches), P)) & (row < length)[:, None]
-        return first, torch.cat((on_trunk, visible(branches, branches)), -1)[:, None]  # (2B, 1, S, P + S)
-
+        rest = positions[:, P:].unflatten(1, (2, -1)).flatten(0, 1)        # (2B, S)
+        real = (row < rest[:, :1])[:, None]                             # not the prefix's padding
+        on_prefix = self._visible(rest, row.expand(len(rest), P)) & real   # (2B, S, P)
+        return first, torch.cat((on_prefix, self._visible(rest, rest)), -1)[:, None]
 
 
 def twin(model):
-    """A copy that does not train: for the EMA, the reference and the writer. Frozen parameters are shared, not copied."""
+    """A copy that does not train: for the EMA, the reference and the generator. Frozen parameters
+    are shared, not copied."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------ LoRA
+def unshard(tensor):
+    """A tensor in one piece. FSDP2's shards are gathered, by all processes together; any other
+    tensor is returned as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+# ---------------------------------------------------------------------------------- LoRA
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-
 class LoRA(nn.Module):
-    """A frozen linear layer and a trained change of low rank: W x + (alpha / rank) B A x (Hu et al., arXiv 2106.09685).
+    """A frozen linear layer and a trained change of low rank, W x + (alpha / rank) B A x
+    (Hu et al., arXiv 2106.09685).
 
-    A is drawn once and frozen, B starts at 0 and is trained (LoRA-FA, arXiv 2308.03303). That is for the EMA's sake: the
-    average of two A's times the average of two B's is not the average of the products; with one common A it is. So [9]
-    of Algorithm 1 moves the weights themselves, and policy, EMA and reference differ in B alone.
+    A is drawn once and frozen, B starts at 0 and is trained (LoRA-FA, arXiv 2308.03303). That is
+    for the EMA's sake: the average of two A's times the average of two B's is not the average of
+    the products; with one common A it is. So [9] of Algorithm 1 moves the weights themselves, and
+    policy, EMA and reference differ in B alone.
     """
 
-    def __init__(self, linear, rank, alpha, generator):
+    def __init__(self, linear, rank, alpha, rng):
         super().__init__()
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = alpha / rank
         rows, columns = linear.weight.shape
-        A = torch.randn(rank, columns, generator=generator) / columns ** 0.5
+        A = torch.randn(rank, columns, generator=rng) / columns ** 0.5
         self.lora_A = nn.Parameter(A.to(linear.weight.device), requires_grad=False)
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=linear.weight.device))
 
@@ -304,168 +321,164 @@ class LoRA(nn.Module):
         return self.weight + self.scale * (self.lora_B @ self.lora_A)
 
 
-
-def add_lora(model, rank, alpha, generator, projections=PROJECTIONS):
-    """Freeze a Transformer and put an adapter on each of the named projections. Names stay; B = 0 changes no bit."""
+def add_lora(model, rank, alpha, rng, projections=PROJECTIONS):
+    """Freeze a Transformer and put an adapter on each of the named projections. Names stay; B = 0
+    changes no bit. rng: a torch.Generator."""
     model.requires_grad_(False)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
             for name in [n for n, _ in part.named_children() if n in projections]:
-                setattr(part, name, LoRA(getattr(part, name), rank, alpha, generator))
+                setattr(part, name, LoRA(getattr(part, name), rank, alpha, rng))
     return model
 
 
-
-def plain_weights(model):
-    """(name, tensor) of each weight as a plain decoder has it: adapters merged, shards gathered (by all processes together)."""
-    for name, p in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if not leaf.startswith("lora_"):
-            module = model.get_submodule(owner)
-            value = (module.merged() if leaf == "weight" and isinstance(module, LoRA) else p).detach()
-            yield name, value.full_tensor() if hasattr(value, "full_tensor") else value
+def own_parameters(model):
+    """{name: parameter} of what a run changes: all, or the adapters alone where there are any."""
+    parameters = dict(model.named_parameters())
+    return {k: p for k, p in parameters.items() if "lora_" in k} or parameters
 
 
+# ---------------------------------------------------------------------------------- generation
 
-# ------------------------------------------------------------------------------------------------ generation
 class KVCache:
-    """Keys and values of all layers in one piece, sized once: (layers, B, K, W, E). Slot w holds the text's token w."""
+    """Keys and values of all layers in one piece, sized once: (layers, B, K, W, E). Slot w holds
+    the text's token w."""
 
     def __init__(self, config, batch, width, dtype, device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, width, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.width, self.at = width, None
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch, heads, width, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.width = width
 
     def layer(self, i, positions):
         """This cache, set to write layer i at `positions` (B, T)."""
-        self.k, self.v, self.at = self.keys[i], self.values[i], positions
+        self.k, self.v = self.keys[i], self.values[i]
+        self.at = positions
         return self
 
     def put(self, k, v):
-        """Store (B, K, T, E); return everything up to `width`, or only what was given if it is a whole beginning."""
+        """Store (B, K, T, E); return everything up to `width`, or only what was given if it is a
+        whole beginning."""
         T = k.shape[2]
-        if T > 1:                                        # prefill: the first T slots, padding included
-            self.k[:, :, :T], self.v[:, :, :T] = k, v
+        if T > 1:                          # prefill: the first T slots, padding included
+            self.k[:, :, :T] = k
+            self.v[:, :, :T] = v
             return k, v
         slot = self.at[:, None, :, None].expand_as(k)
-        self.k.scatter_(2, slot, k), self.v.scatter_(2, slot, v)
+        self.k.scatter_(2, slot, k)
+        self.v.scatter_(2, slot, v)
         return self.k[:, :, :self.width], self.v[:, :, :self.width]
 
 
-
 def sample(logits, uniform, temperature, top_k, top_p):
-    """One token a row from logits (B, V) with uniform (B,) in [0, 1): temperature, then top-k, then top-p (nucleus).
+    """One token a row from logits (B, V): temperature, then top-k, then top-p (nucleus): (B,).
 
-    temperature 0 is greedy, top_k 0 and top_p 1 keep everything. The draw inverts the cumulative distribution of the
-    kept tokens, most probable first, so equal uniforms give equal tokens whatever stands in the other rows.
+    uniform (B,) in [0, 1). temperature 0 is greedy, top_k 0 and top_p 1 keep everything. The draw
+    inverts the cumulative distribution of the kept tokens, most probable first, so equal uniforms
+    give equal tokens whatever stands in the other rows.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs, order = _filtered(logits, temperature, top_k, top_p)
     cumulative = probs.cumsum(-1)
-    pick = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
-    return order.gather(-1, pick)[:, 0]
-
+    pick = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return order.gather(-1, pick.clamp(max=probs.shape[-1] - 1))[:, 0]
 
 
 def _filtered(logits, temperature, top_k, top_p):
     """(probs, tokens), both (B, k), most probable first; what top-p removes has probability 0."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     k = min(top_k or logits.shape[-1], logits.shape[-1])
-    top, order = logits.topk(k, -1) if k < logits.shape[-1] else logits.sort(dim=-1, descending=True, stable=True)
+    if k < logits.shape[-1]:
+        top, order = logits.topk(k, -1)
+    else:
+        top, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = top.softmax(-1)
-    if top_p < 1:                                        # a token stays while those before it hold less than top_p
+    if top_p < 1:                          # a token stays while those before it hold less
         probs = probs * (probs.cumsum(-1) - probs < top_p)
     return probs, order
 
 
+def no_lap(stage):
+    """For those who do not want to know how long a stage took."""
+
 
 @torch.inference_mode()
-def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None, ban=(),
-             timed=lambda stage: nullcontext()):
-    """Continue each prompt (a list of ids) by at most its budget, up to and including a token of `eos`.
+def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, rng=None,
+             vocab=None, ban=(), lap=no_lap):
+    """Continue each prompt (a list of ids) by at most its budget, up to and including a token of
+    `eos`: a list of lists.
 
-    generator: a CPU torch.Generator that owns the draws (not needed when temperature is 0). vocab: ids from here on are
-    never sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never sampled.
-    timed: a context manager around the stages "prefill" and "decode".
-    Returns a list of lists. All uniforms are drawn first, row after row, so a row's text does not depend on its batch,
-    rounding aside: many rows at once give what one row at a time gives.
+    rng: a CPU torch.Generator that owns the draws (none is needed at temperature 0). All uniforms
+    are drawn first, row after row, so a row's text does not depend on its batch, rounding aside.
+    vocab: ids from here on are never sampled (a padded embedding has more rows than the tokenizer
+    has tokens). ban: further ids never sampled. lap: called after "prefill" and after "decode".
+    ValueError if a prompt is empty.
     """
-    if not all(map(len, prompts)):
-        raise ValueError("generate needs at least one token in each prompt (the BOS token of an empty text)")
+    if not all(prompts):
+        raise ValueError("generate needs at least one token in each prompt (BOS for an empty text)")
     if max(budgets, default=0) < 1:
         return [[] for _ in prompts]
-    embedding, longest, steps = model.model.embed_tokens.weight, max(map(len, prompts)), max(budgets)
-    device = embedding.device
-    draws = torch.rand if temperature else torch.zeros
-    draws = draws(sum(budgets), dtype=torch.float64, **({"generator": generator} if temperature else {}))
-    pad = lambda rows: nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
-    uniform, ids = pad(draws.split(list(budgets))), pad(map(torch.tensor, prompts))     # (B, steps), (B, T)
-    lengths, budgets = torch.tensor([list(map(len, prompts)), list(budgets)], device=device)
+    embedding, steps = model.model.embed_tokens.weight, max(budgets)
+    device, longest = embedding.device, max(map(len, prompts))
+    uniform = torch.zeros(sum(budgets), dtype=torch.float64)
+    if temperature:
+        uniform.uniform_(generator=rng)
+    uniform = _padded(uniform.split(list(budgets)), device)                # (B, steps)
+    ids = _padded(map(torch.tensor, prompts), device)                      # (B, T)
+    lengths = torch.tensor([[len(p)] for p in prompts], device=device)     # (B, 1)
+    budgets = torch.tensor(budgets, device=device)[:, None]                # (B, 1)
+    stops = torch.tensor(sorted(eos), dtype=torch.long, device=device)
+    banned = [i for i in ban if i < (vocab or len(embedding))]
+    banned = torch.tensor(banned, dtype=torch.long, device=device)
     width = longest + steps if device.type == "cpu" else -(-(longest + steps) // 64) * 64
     cache = KVCache(model.config, len(prompts), width, embedding.dtype, device)
-    stops = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-    banned = torch.tensor([i for i in ban if i < (vocab or embedding.shape[0])], dtype=torch.long, device=device)
     out = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
-    turn = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)                # how many times all rows were asked
-    made, done = torch.zeros_like(lengths), budgets <= 0                                # tokens written so far, a row
+    turn = torch.zeros_like(lengths)       # how many times the rows were asked
+    made = torch.zeros_like(lengths)       # tokens generated so far
+    done = budgets <= 0
 
-    # What follows changes tensors in place, so that a CUDA graph can replay it.
-    def choose():
-        seen = logits[:, :vocab].index_fill(1, banned, -torch.inf) if len(banned) else logits[:, :vocab]
-        token = sample(seen, uniform.gather(1, turn)[:, 0], temperature, top_k, top_p)
-        out.scatter_(1, turn, token[:, None])
+    def last(hidden, weight):              # the head where a row ends
+        return linear(hidden[torch.arange(len(hidden), device=device), lengths[:, 0] - 1], weight)
+
+    def choose():                          # all of it works in place, for a CUDA graph's sake
+        logits.index_fill_(1, banned, -torch.inf)
+        draw = uniform.gather(1, turn)[:, 0]                               # (B,)
+        token = sample(logits[:, :vocab], draw, temperature, top_k, top_p)[:, None]
+        out.scatter_(1, turn, token)
         made.add_(~done)
-        done.logical_or_((made >= budgets) | (token[:, None] == stops).any(-1))
+        done.logical_or_((made >= budgets) | (token == stops).any(-1, keepdim=True))
 
-    def read():          # a finished row goes on reading into the slot behind its last token, and nobody looks
+    def read():          # a finished row goes on reading behind its last token, and nobody looks
         token = out.gather(1, turn)
-        logits.copy_(model(token, positions=(lengths + made - 1)[:, None], cache=cache)[:, 0])
+        logits.copy_(model(token, positions=lengths + made - 1, cache=cache)[:, 0])
         turn.add_(1)
+        choose()
 
-    def both():
+    logits = model(ids, cache=cache, head=last)                            # (B, V)
+    choose()
+    lap("prefill")
+    for step in range(1, steps):
+        if (device.type == "cpu" or step % 16 == 0) and bool(done.all()):  # a GPU waits to be asked
+            break
+        if device.type == "cpu":
+            cache.width = longest + step   # what is still empty need not be read
         read()
-        choose()
+        if device.type == "cuda" and step == 1 and steps > 8:
+            read = _graph(read)
+    lap("decode")
+    return [row[:n] for row, n in zip(out.tolist(), made[:, 0].tolist())]
 
-    last = lambda hidden, weight: linear(hidden[torch.arange(len(prompts), device=device), lengths - 1], weight)
-    with timed("prefill"):
-        logits = model(ids, cache=cache, head=last)                                     # (B, V): the head where a row ends
-        choose()
-    with timed("decode"):
-        for step in range(1, steps):
-            # asking whether all are done makes a GPU wait, so it is asked now and then
-            if (device.type == "cpu" or step % 16 == 0) and bool(done.all()):
-                break
-            if device.type == "cpu":
-                cache.width = longest + step             # what is still empty need not be read
-            both()
-            if device.type == "cuda" and step == 1 and steps > 8:
-                both = _graph(both)
-    return [row[:n] for row, n in zip(out.tolist(), made.tolist())]
 
+def _padded(rows, device):
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
 
 
 def _graph(function):
-    """A function of no arguments that works in place, as one CUDA graph: hundreds of kernels, one launch."""
+    """A function of no arguments that works in place, as one CUDA graph: one launch for hundreds
+    of kernels."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
     return graph.replay
-
-
-
-@torch.no_grad()
-def blank(config, dtype=torch.float32, device="cpu", weights=None):
-    """A Transformer whose weights are `weights`, (name, tensor) pairs, or are yet to be filled."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    values = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
-    for name, tensor in weights or ():
-        if name in values:                               # all but a tied head, which equals the embedding
-            values[name].copy_(tensor)
-    if config.tie_word_embeddings:
-        values["lm_head.weight"] = values["model.embed_tokens.weight"]
-    model.load_state_dict(values, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)

@@ -1,69 +1,120 @@
-"""The run folder: save and resume."""
+"""The run folder: who may have it, what is saved in it, and how a run goes on from there.
+
+A checkpoint is safetensors and JSON, no pickle: checkpoint/step-N/ with a file for each model, for the optimizer, for
+what all processes share and for what each has of its own, and a manifest of sizes and checksums. It is whole or not
+there, and holds one process's view of the models only: rank 0 writes, and gathers shards one tensor at a time.
+"""
 
 import contextlib
 import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from buffer import pack, unpack
-from machine.folders import BadInput, flush, new_folder, write_json
+from machine.files import BadInput, flush, new_folder, write_json
+from machine.parallel import shard_like
+from model import own_parameters, unshard
 
 
-def to_disk(value, path):
-    """Write nested dicts and lists of tensors, arrays and plain values as path.json and path.safetensors. No pickle."""
+# -------------------------------------------------------------------------------------------- one part
+
+def to_disk(value, name, folder):
+    """Write nested dicts and lists of tensors, arrays and plain values as name.json and name.safetensors in `folder`.
+
+    All processes call this, since shards are gathered together; a process whose `folder` is None keeps nothing.
+    """
     tensors = {}
 
-    def walk(v, name):
-        if isinstance(v, (torch.Tensor, np.ndarray)):
-            tensors[name] = torch.from_numpy(v) if isinstance(v, np.ndarray) else v.detach().cpu().contiguous()
-            return {"#array" if isinstance(v, np.ndarray) else "#tensor": name}
+    def walk(v, key):
+        if isinstance(v, np.ndarray):
+            tensors[key] = torch.from_numpy(v)
+            return {"#array": key}
+        if isinstance(v, torch.Tensor):
+            whole = unshard(v.detach())
+            if folder:
+                tensors[key] = whole.cpu().contiguous()
+            return {"#tensor": key}
         if isinstance(v, dict):
-            return {k: walk(x, f"{name}.{k}") for k, x in v.items()}
-        return [walk(x, f"{name}.{i}") for i, x in enumerate(v)] if isinstance(v, (list, tuple)) else v
+            return {k: walk(x, f"{key}.{k}") for k, x in v.items()}
+        return [walk(x, f"{key}.{i}") for i, x in enumerate(v)] if isinstance(v, (list, tuple)) else v
 
-    plain = walk(value, path.name)
-    save_file(tensors, path.with_suffix(".safetensors"))
-    path.with_suffix(".json").write_text(json.dumps(plain), "utf-8")
+    plain = walk(value, name)
+    if folder:
+        save_file(tensors, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(plain), "utf-8")
 
 
-
-def from_disk(path):
-    """What `to_disk` wrote."""
-    tensors = load_file(path.with_suffix(".safetensors"))
-
-    def walk(v):
-        if isinstance(v, dict):
+def from_disk(folder, name, place=None):
+    """What `to_disk` wrote. Tensors are read one at a time; place(keys, tensor), where given, takes each, `keys` being
+    its way through the dicts, and what it returns stands in the tensor's stead."""
+    with safe_open(folder / f"{name}.safetensors", "pt") as f:
+        def walk(v, keys):
+            if isinstance(v, list):
+                return [walk(x, keys) for x in v]
+            if not isinstance(v, dict):
+                return v
+            if "#array" in v:
+                return f.get_tensor(v["#array"]).numpy()
             if "#tensor" in v:
-                return tensors[v["#tensor"]]
-            return tensors[v["#array"]].numpy() if "#array" in v else {k: walk(x) for k, x in v.items()}
-        return [walk(x) for x in v] if isinstance(v, list) else v
+                tensor = f.get_tensor(v["#tensor"])
+                return place(keys, tensor) if place else tensor
+            return {k: walk(x, (*keys, k)) for k, x in v.items()}
 
-    return walk(json.loads(path.with_suffix(".json").read_text("utf-8")))
+        return walk(json.loads((folder / f"{name}.json").read_text("utf-8")), ())
 
 
+@torch.no_grad()
+def load_models(folder, models):
+    """Fill {name: model}, sharded or not, from a checkpoint."""
+    for name, model in models.items():
+        parameters = own_parameters(model)
+
+        def place(keys, tensor):
+            if keys[0] in parameters:
+                parameters[keys[0]].copy_(shard_like(tensor, parameters[keys[0]]))
+
+        if from_disk(folder, name, place).keys() != parameters.keys():
+            raise BadInput(f"{folder}: holds other weights than source/config.json asks for")
+
+
+def load_optimizer(folder, model, optimizer):
+    """Give an optimizer its state back, whatever the number of processes then and now."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def place(keys, tensor):
+        return shard_like(tensor, named[keys[0]]) if tensor.dim() else tensor
+
+    saved = from_disk(folder, "optimizer", place)
+    state = optimizer.state_dict()
+    state["state"] = {i: saved[name] for i, name in enumerate(named) if name in saved}
+    optimizer.load_state_dict(state)
+
+
+# -------------------------------------------------------------------------------------------- a checkpoint
 
 def write_checkpoint(folder, parts, keep, world):
-    """folder (checkpoint/step-N) from (name, value) parts and a manifest: written beside, flushed to disk, then renamed.
-
-    All processes walk through `parts`, as divided tensors are gathered on the way; rank 0 writes.
-    """
+    """checkpoint/step-N from {part: value}; "own" is this process's. Written beside, flushed to disk, then renamed."""
+    own = {f"rank-{rank}": part for rank, part in enumerate(world.all(parts["own"]))}
+    parts = {name: value for name, value in parts.items() if name != "own"} | own
     with new_folder(folder) if world.first else contextlib.nullcontext() as temporary:
-        for name, value in parts:
-            if world.first:
-                to_disk(value, temporary / name)
+        for name, value in parts.items():
+            to_disk(value, name, temporary)
         if world.first:
-            write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in sorted(temporary.iterdir())})
+            files = sorted(temporary.iterdir())
+            write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in files})
     if world.first:
         flush(folder.parent.parent)
-        for old in sorted(p for p in folder.parent.glob("step-*") if p.name <= folder.name)[:-keep]:         # a later one is torn, and does not count
-            shutil.rmtree(old, ignore_errors=True)
+        old = [p for p in folder.parent.glob("step-*") if p.name <= folder.name]     # a later one is torn
+        for path in sorted(old)[:-keep]:
+            shutil.rmtree(path, ignore_errors=True)
     world.all(None)
-
 
 
 def checksum(path, size=None):
@@ -72,9 +123,8 @@ def checksum(path, size=None):
         return hashlib.sha256(f.read(size)).hexdigest() if size else hashlib.file_digest(f, "sha256").hexdigest()
 
 
-
 def newest_checkpoint(out):
-    """The newest sound checkpoint folder of a run, or None if there is none at all; a torn one is named and passed over."""
+    """The newest sound checkpoint of a run, or None if there is none at all; a torn one is named and passed over."""
     folders = sorted((out / "checkpoint").glob("step-*"), reverse=True)
     for folder in folders:
         try:
@@ -86,12 +136,26 @@ def newest_checkpoint(out):
         except (OSError, ValueError, AttributeError, TypeError) as error:
             print(f"warning: passing over {folder}: {error}", file=sys.stderr)
     if folders:
-        raise BadInput(f"{out / 'checkpoint'}: none of the checkpoints is whole; put one back, or delete this folder to begin again")
+        raise BadInput(f"{out / 'checkpoint'}: none of the checkpoints is whole; put one back, or delete this folder "
+                       "to begin again")
 
 
+def find_checkpoint(out, resume, world):
+    """The checkpoint to go on from, or None; rank 0 looks, and all must see the same one."""
+    found = world.together(lambda: newest_checkpoint(out) if resume and world.first else None)
+    found = world.all(found)[0]
+    if found:
+        seen = found / "manifest.json"
+        if len(set(world.all(seen.read_text("utf-8") if seen.is_file() else None))) > 1:
+            raise BadInput(f"--resume {resume}: not all processes see {found}; on several nodes copy the run folder "
+                           "to each, or share it")
+    return found
+
+
+# -------------------------------------------------------------------------------------------- the run folder
 
 def lock(out):
-    """Take a run folder for this process, until the file that this returns is closed; refused while another process has it."""
+    """Take a run folder for this process, until the file that this returns is closed; BadInput if another has it."""
     with contextlib.suppress(ImportError):               # not on Windows
         import fcntl
         file = open(out / "config.json", "rb")
@@ -105,30 +169,79 @@ def lock(out):
         return file
 
 
+def may_write(out, overwrite, inputs):
+    """Refuse to write over anything. inputs: {flag: path} of what a run reads, which must not be replaced with it."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            out.with_name(f".{out.name}.tmp").lstat()    # where the folder begins to be written
+        next(p for p in out.resolve().parents if p.exists())
+    except (OSError, ValueError) as error:               # too long, with a NUL, below a file, no name at all
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"--out {out}: no folder can be made there ({reason}); choose another name") from None
+    if not out.is_symlink() and (not out.exists() or out.is_dir() and not any(out.iterdir())):
+        return
+    if out.is_symlink() or not out.is_dir() or not {"config.json", "source"} <= {p.name for p in out.iterdir()}:
+        raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with --overwrite; "
+                       "choose another name")
+    if not overwrite:
+        raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it with "
+                       "--overwrite")
+    if held := lock(out):
+        held.close()
+    for flag, path in inputs.items():
+        if path and Path(path).resolve().is_relative_to(out.resolve()):
+            raise BadInput(f"--out {out} would be replaced, and with it {flag} {path}; choose another name")
+
 
 def clear_up(out):
     """Delete what a killed process was about to write in a run folder."""
-    for path in [path for pattern in ("*.tmp", ".*.old", "checkpoint/*.tmp", "checkpoint/.*.old") for path in out.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in ("*.tmp", ".*.old", "checkpoint/*.tmp", "checkpoint/.*.old"):
+        for path in list(out.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def foundations(out, base, fingerprints, world):
+    """{name: checksum} of what a run stands on and never writes. Were one of them another on resume, so were the run.
 
-def deal(parts, batch_size, world):
-    """One process's part of a run saved by len(parts) processes, dealt out again if that was another number.
+    base: the model folder of a run with adapters, whose checkpoints do not hold it; else None.
+    """
+    found = {}
+    if world.first:
+        files = [out / "config.json", *sorted((out / "source").iterdir())]
+        found = {str(path.relative_to(out)): checksum(path) for path in files}
+    found = world.all(found)[0] | fingerprints
+    if base:
+        files = sorted(base.glob("*.safetensors"))
+        found["model"] = [[path.name, path.stat().st_size, checksum(path, 2**24)] for path in files]
+    return found
 
-    Buffer: all pairs, oldest first, one to each process in turn. Written ahead: batch by batch, likewise. Held out: by
-    row. No pair is lost or doubled. Generators are new then; with as many processes as before they go on bit for bit.
+
+def redistribute(parts, batch_size, seed, world):
+    """One process's own part of a run saved by len(parts) processes, dealt out again if that was another number.
+
+    Buffer: all pairs, oldest first, one to each process in turn. Ahead: batch by batch, likewise. Evaluation: by row.
+    No pair is lost or doubled. Generators are new then, from `seed`; else they go on bit for bit.
     """
     if len(parts) == world.size:
         return parts[world.rank]
-    mine, own = slice(world.rank, None, world.size), {}
-    buffers = [unpack(p["buffer"]["pairs"]) for p in parts]
-    pairs = sorted((pair for b in buffers for pair in b), key=lambda pair: pair.step)[mine]
-    own["buffer"] = {"capacity": sum(p["buffer"]["capacity"] for p in parts) // world.size, "pairs": pack(pairs), "rng": None}
-    written, each = [unpack(p["written"]) for p in parts], batch_size // len(parts)
-    batches = range(0, len(written[0]), each)
-    own["written"] = pack([pair for i in batches for pair in [pair for w in written for pair in w[i:i + each]][mine]])
-    gaps = [p["gaps"] or [None] * len(unpack(p["held"])) for p in parts]
-    held = sorted(((q, gap) for p, g in zip(parts, gaps) for q, gap in zip(unpack(p["held"]), g)), key=lambda x: x[0].row)[mine]
-    own |= {"held": pack([q for q, _ in held]), "gaps": [gap for _, gap in held if gap is not None], "cuts": None, "sampler": None}
-    return own
+    mine = slice(world.rank, None, world.size)
+    pairs = [pair for part in parts for pair in unpack(part["buffer"]["pairs"])]
+    capacity = sum(part["buffer"]["capacity"] for part in parts) // world.size
+    rng = np.random.default_rng(seed)
+    buffer = {"capacity": capacity, "pairs": pack(sorted(pairs, key=lambda p: p.step)[mine]),
+              "rng": rng.bit_generator.state}
+
+    ahead, each = [unpack(part["ahead"]) for part in parts], batch_size // len(parts)
+    kept = []
+    for i in range(0, len(ahead[0]), each):
+        batch = [pair for pairs in ahead for pair in pairs[i:i + each]]
+        kept += batch[mine]
+
+    held = []
+    for part in parts:
+        pairs = unpack(part["eval_pairs"])
+        held += zip(pairs, part["gaps"] or [None] * len(pairs))
+    held = sorted(held, key=lambda x: x[0].row)[mine]
+    return {"buffer": buffer, "ahead": pack(kept), "cut_rng": rng.bit_generator.state,
+            "sample_rng": torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62))).get_state(),
+            "eval_pairs": pack([pair for pair, _ in held]), "gaps": [gap for _, gap in held if gap is not None]}

@@ -1,4 +1,7 @@
-"""torchrun: the processes of a run, and FSDP2."""
+"""torchrun: the processes of a run, and FSDP2's shards.
+
+Every process takes the same number of steps and makes the same calls; what one of them refuses, all refuse.
+"""
 
 import datetime
 import os
@@ -6,26 +9,31 @@ import os
 import torch
 import torch.distributed as dist
 
-from machine.folders import BadInput
+from machine.files import BadInput
 
 
 class World:
     """This process among all: rank, size, device. Without torchrun it is alone and every call returns at once."""
 
     def __init__(self, device="auto"):
-        self.rank, self.size, self.local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.first, self.many, self.group = self.rank == 0, "RANK" in os.environ, None
-        if self.many:            # before the flags are read, so that what one process refuses (a folder its node lacks), all refuse
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.first, self.many = self.rank == 0, "RANK" in os.environ
+        self.group = None
+        if self.many:            # before flags are read, so that what one refuses (a folder its node lacks), all do
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
             self.group = dist.new_group(backend="gloo")  # for plain values: works the same beside NCCL
         if device:
             self.place(device)
 
     def place(self, device):
         """Take a device: cpu, cuda, mps, or auto."""
-        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(f"cuda:{self.local}" if kind == "cuda" else kind)
-        if self.many and kind == "cuda":
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(f"cuda:{self.local}" if device == "cuda" else device)
+        if self.many and device == "cuda":
             torch.cuda.set_device(self.device)
 
     def all(self, value):
@@ -44,9 +52,10 @@ class World:
         return tensor.tolist()
 
     def mean(self, metrics):
-        """Metrics with each float replaced by its mean over processes; each has as many pairs, so means of means are means."""
+        """Metrics with each float replaced by its mean over processes, which have equally many pairs."""
         keys = sorted(k for k, v in metrics.items() if isinstance(v, float))
-        return metrics | {k: v / self.size for k, v in zip(keys, self.sum([metrics[k] for k in keys]))}
+        sums = self.sum([metrics[k] for k in keys])
+        return metrics | {k: v / self.size for k, v in zip(keys, sums)}
 
     def together(self, function):
         """function() on every process; what one refuses, all refuse, so that none waits for another for ever."""
@@ -56,8 +65,10 @@ class World:
         except BadInput as error:
             refusal = str(error)
         for rank, sentence in enumerate(self.all(refusal)):
+            if sentence and rank:
+                raise BadInput(f"{sentence} (process {rank} of {self.size}: every node must see what is read)")
             if sentence:
-                raise BadInput(sentence + (f" (process {rank} of {self.size}: every node must see what is read)" if rank else ""))
+                raise BadInput(sentence)
         return result
 
     def close(self):
@@ -65,28 +76,20 @@ class World:
             dist.destroy_process_group()
 
 
-
-def divide(model, world, half):
-    """FSDP2: each block's parameters are divided among the processes, float32 shards, bfloat16 compute if `half`."""
+def shard(model, world, half):
+    """FSDP2: each block's parameters are sharded among the processes, in float32; compute in bfloat16 if `half`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=MixedPrecisionPolicy(
-        **(dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {})))
+    precision = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {}
+    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=MixedPrecisionPolicy(**precision))
     for block in model.model.layers:
         fully_shard(block, **how)
-    # left to itself, the root stays whole after a forward pass until the backward pass, which a reference never has
+    # left to itself, the root stays whole from a forward to the backward pass, which a reference never has
     return fully_shard(model, reshard_after_forward=True, **how)
 
 
-
-def whole(tensor):
-    """A tensor that may be divided, in one piece (all processes together), on the CPU."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
-
-
-
-def like(tensor, parameter):
-    """A whole tensor divided and placed as `parameter` is."""
+def shard_like(tensor, parameter):
+    """A whole tensor, placed and sharded as `parameter` is."""
     tensor = tensor.to(parameter.device)
     if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
         return tensor
@@ -94,12 +97,11 @@ def like(tensor, parameter):
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
-
 @torch.no_grad()
-def fill(model, weights):
-    """Copy (name, whole tensor) pairs into a model that may be divided."""
+def load_weights(model, weights):
+    """Copy (name, whole tensor) pairs into a model that may be sharded, one at a time."""
     parameters = dict(model.named_parameters())
     for name, tensor in weights:
         if name in parameters:
-            parameters[name].copy_(like(tensor, parameters[name]))
+            parameters[name].copy_(shard_like(tensor, parameters[name]))
     return model

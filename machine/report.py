@@ -1,10 +1,12 @@
-"""Held-out measures, the log, and the curves."""
+"""What a run says of itself: measures on held-out rows, the log, the curves, and what is written at the end."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+import sys
 
 import numpy as np
 import torch
@@ -12,81 +14,131 @@ from tqdm import tqdm
 
 from buffer import collate
 from losses import score
-from machine.checkpoint import checksum
-from machine.dataset import Data
-from machine.folders import BadInput
+from machine.flags import flag_of
+from model import generate
+from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+def eval_pairs(data, model, cfg, text, world):
+    """This process's share of the held-out rows, as Pairs whose y- stays the same all run long.
+
+    It is the data's own, or else made now by `model`, the starting one, as SAPO makes it. Every size-th row is this
+    process's, so that shares differ by one at most.
+    """
+    cut_rng = np.random.default_rng([cfg.seed, 1, world.rank])
+    sample_rng = torch.Generator().manual_seed(cfg.seed + world.rank)
+    mine = [data[i] for i in range(world.rank, len(data), world.size)]
+    bare = [e for e in mine if e.rejected is None]
+    cuts = [split(e.chosen, cfg.segment, text.eos, cut_rng) for e in bare]
+    segments = generate_segments(model, bare, cuts, cfg, text.eos, sample_rng, text.vocab)
+    pairs = [splice(e, cut, segment, text.eos) for e, cut, segment in zip(bare, cuts, segments)]
+    pairs += [pair_of_data(e) for e in mine if e.rejected is not None]
+    return sorted(pairs, key=lambda p: p.row)
+
+
+def passes(answer, verifier):
+    """True if every word (or phrase) of verifier["must"] stands in the answer and none of verifier["must_not"]; case
+    aside."""
+    def has(phrase):
+        return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", answer, re.IGNORECASE) is not None
+
+    return all(map(has, verifier.get("must", ()))) and not any(map(has, verifier.get("must_not", ())))
 
 
 @dataclasses.dataclass
-class Held:
-    """Held-out rows: pairs whose y- stays the same all run long, and the starting model's log-prob gaps on them."""
-    data: Data
-    pairs: list             # this process's: every size-th, so that shares differ by one at most
+class Evaluation:
+    """Held-out rows, and how a model is measured on them by all processes together."""
+    data: object            # Data
+    pairs: list             # this process's, from `eval_pairs`
     gaps: list              # log p(y+) - log p(y-) of the starting model, in nats; empty until it was measured
+    cfg: object             # Config
+    world: object
+    text: object
+    autocast: object
+    poll: object            # called now and then, equally often by all; raises where the run is to stop
 
+    def __post_init__(self):
+        self.share = -(-len(self.data) // self.world.size)       # rows of a process, at most
 
+    @torch.no_grad()
+    def measure(self, model, full=True):
+        """{metric: value} of a model.
 
-def passes(answer, judge):
-    """True if every word (or phrase) of judge["must"] stands in the answer and none of judge["must_not"]; case aside."""
-    has = lambda phrase: re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", answer, re.IGNORECASE) is not None
-    return all(map(has, judge.get("must", ()))) and not any(map(has, judge.get("must_not", ())))
+        nll: per token of y+. ranking_accuracy: share of rows whose mean log-prob is higher for y+ than for y-; no
+        reference. gap_change: log p(y+) - log p(y-), minus the starting model's. verifier/...: share of answers that
+        pass: greedy, and with `full` also at the run's own sampling settings and at temperature 1.
+        """
+        model.eval()
+        table = self.log_probs(model)
+        if self.data.verifiers:
+            cfg = self.cfg
+            table["verifier/greedy"] = self.verified(model)
+            if full:
+                table["verifier/sampled"] = self.verified(model, cfg.temperature, cfg.top_k, cfg.top_p)
+                table["verifier/temperature_1"] = self.verified(model, 1.0)
+        model.train()
+        return table
 
-
-
-@torch.no_grad()
-def evaluate(model, held, writer, cfg, world, text, autocast, poll, full=True):
-    """{metric: value} of one model on the held-out rows, over all processes. `writer(pairs, temperature, top_k, top_p)` answers.
-
-    nll: per token of y+. accuracy: share of rows whose mean log-prob is higher for y+ than for y-; no reference.
-    margin: log p(y+) - log p(y-), less the starting model's. judge: share of answers that pass, greedy, and with `full` also
-    at the run's own sampling settings and at temperature 1.
-    """
-    model.eval()
-    sums, gaps = np.zeros(5), []                         # nll, tokens, right, margins, rows
-    for i in range(0, -(-len(held.data) // world.size), cfg.micro_batch):
-        poll()
-        part = held.pairs[i:i + cfg.micro_batch]
-        if part:
-            batch = collate(part).to(world.device)
-            with autocast():
+    def log_probs(self, model):
+        sums, gaps = np.zeros(5), []     # nll, tokens, ranked right, change of the gap, rows
+        for i in range(0, self.share, self.cfg.micro_batch):
+            self.poll()
+            part = self.pairs[i:i + self.cfg.micro_batch]
+            if not part:
+                continue
+            batch = collate(part).to(self.world.device)
+            with self.autocast():
                 chosen, rejected = score(model, batch)
             gap, lengths = chosen - rejected, batch.lengths
-            right = (chosen / lengths[:, 0] > rejected / lengths[:, 1]).sum()
-            start = held.gaps[i:i + cfg.micro_batch] or gap.tolist()
+            right = (chosen / lengths[:, 0] > rejected / lengths[:, 1]).sum().item()
+            start = self.gaps[i:i + self.cfg.micro_batch] or gap.tolist()
             gaps += gap.tolist()
-            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right.item(), math.fsum(gap.tolist()) - math.fsum(start), len(gap)]
-    held.gaps = held.gaps or gaps
-    nll, tokens, right, margins, rows = world.sum(sums.tolist())
-    table = {"nll": nll / tokens, "accuracy": right / rows, "margin": margins / rows}
-    judged = [p for p in held.pairs if p.row in held.data.judges]
-    ways = {"greedy": (0, 0, 1.0), "sampled": (cfg.temperature, cfg.top_k, cfg.top_p), "temperature 1": (1.0, 0, 1.0)}
-    for way, settings in ways.items() if held.data.judges else ():
-        if way == "greedy" or full:
-            answers = writer(model, judged, *settings)
-            good = sum(passes(text.decode(a, True), held.data.judges[p.row]) for p, a in zip(judged, answers))
-            table[f"judge, {way}"] = world.sum([good])[0] / len(held.data.judges)
-    model.train()
-    return table
+            change = math.fsum(gap.tolist()) - math.fsum(start)
+            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right, change, len(gap)]
+        self.gaps = self.gaps or gaps
+        sums = self.world.sum(sums.tolist())
+        rows = sums[4]
+        return {"nll": sums[0] / sums[1], "ranking_accuracy": sums[2] / rows, "gap_change": sums[3] / rows}
+
+    def verified(self, model, temperature=0, top_k=0, top_p=1.0):
+        """Share of answers that pass their row's verifier."""
+        verifiers = self.data.verifiers
+        pairs = [p for p in self.pairs if p.row in verifiers]
+        answers = self.answers(model, pairs, temperature, top_k, top_p)
+        good = [passes(self.text.decode(a, True), verifiers[p.row]) for p, a in zip(pairs, answers)]
+        return self.world.sum([sum(good)])[0] / len(verifiers)
+
+    def answers(self, model, pairs, temperature=0, top_k=0, top_p=1.0):
+        """Each prompt's answer, in ids, from a generator of its own: evaluating changes nothing in the run."""
+        rng, cfg = torch.Generator().manual_seed(self.cfg.seed + self.world.rank), self.cfg
+        answers = []
+        for i in range(0, max(len(pairs), self.share), cfg.generate_rows):       # as often on every process
+            self.poll()
+            prompts = [p.prompt for p in pairs[i:i + cfg.generate_rows]]
+            room = [max(1, min(cfg.eval_tokens, cfg.max_length - len(prompt))) for prompt in prompts]
+            answers += generate(model, prompts, room, self.text.eos, temperature, top_k, top_p, rng, self.text.vocab)
+        return answers
+
+    def samples(self, model):
+        """The first rows answered greedily, as text, whatever the number of processes."""
+        answers = self.answers(model, self.shown())
+        return [self.text.decode(ids, True) for ids in answers]
+
+    def shown(self):
+        return [self.data[i] for i in range(min(self.cfg.samples, len(self.data)))]
 
 
-
-def print_table(table):
-    """{model: {metric: value}} as aligned text."""
-    columns = list(next(iter(table.values())))
-    print("\nheld out  " + "  ".join(c.rjust(max(8, len(c))) for c in columns))
-    for name, row in table.items():
-        print(f"{name:<8}  " + "  ".join(f"{row[c]:.3f}".rjust(max(8, len(c))) for c in columns))
-    print()
-
-
+# -------------------------------------------------------------------------------------------- log
 
 class Log:
     """metrics.jsonl, pairs.jsonl and the screen; only rank 0 writes. `sizes` and `cut` make a resumed log seamless."""
 
     def __init__(self, folder, first):
-        self.first, paths = first, {name: folder / f"{name}.jsonl" for name in ("metrics", "pairs") if first}
-        self.new = {name for name, path in paths.items() if not path.exists()}
-        self.files = {name: open(path, "a", encoding="utf-8") for name, path in paths.items()}
+        self.first, self.files = first, {}
+        for name in ("metrics", "pairs") if first else ():
+            self.files[name] = open(folder / f"{name}.jsonl", "a", encoding="utf-8")
 
     def write(self, name, row):
         if self.first:
@@ -99,53 +151,70 @@ class Log:
             tqdm.write(line)
 
     def sizes(self):
-        """{name: (bytes, checksum)} of what was written so far, which the disk holds from now on."""
+        """{name: bytes} of what was written so far, which the disk holds from now on."""
         for f in self.files.values():
             os.fsync(f.fileno())
-        return {name: (os.path.getsize(f.name), checksum(f.name)) for name, f in self.files.items()}
+        return {name: os.path.getsize(f.name) for name, f in self.files.items()}
 
     def cut(self, sizes):
-        """Take back what was written after a checkpoint: no line twice, none missing. A log that was deleted begins anew."""
-        for name in [name for name in self.files if name in self.new and sizes[name][0]]:
-            self.say(f"warning: {self.files[name].name} is gone; its lines from before are lost, and the run goes on without them")
-            sizes = sizes | {name: (0, None)}
+        """Take back what was written after a checkpoint: no line twice, none missing."""
         for name, f in self.files.items():
-            size, known = sizes[name]
-            if size and checksum(f.name, size) != known:
-                raise BadInput(f"{f.name} does not begin as it did when the checkpoint was written; put it back, or delete it to go on without those lines")
-        for name, f in self.files.items():
-            f.truncate(sizes[name][0])
-
+            if os.path.getsize(f.name) < sizes[name]:
+                self.say(f"warning: {f.name} is shorter than it was; lines are lost, and the run goes on without them")
+            else:
+                f.truncate(sizes[name])
 
 
 def pair_text(pair, text):
-    """A triple as text, in its parts, and in ids. Each part is what it adds to the text before it: Llama's tokenizers strip a first space."""
+    """A triple as text, in its parts, and in ids. Each part is what it adds to the text before it: Llama's tokenizers
+    strip a first space."""
     def part(ids, start=0, stop=None):
         return text.decode(ids[:stop])[len(text.decode(ids[:start])):]
 
+    kept = pair.keeps_C or pair.stop == len(pair.chosen)
     return {"step": pair.step, "row": pair.row, "prompt": part(pair.prompt), "A": part(pair.chosen, 0, pair.start),
             "B": part(pair.chosen, pair.start, pair.stop), "B'": part(pair.rejected, pair.start, pair.rejected_stop),
-            "C": part(pair.chosen, pair.stop), "C kept": pair.rejected_stop < len(pair.rejected) or pair.stop == len(pair.chosen),
-            "ids": [pair.prompt, pair.chosen, pair.rejected], "cuts": [pair.start, pair.stop, pair.rejected_stop]}
-
+            "C": part(pair.chosen, pair.stop), "C kept": kept, "ids": [pair.prompt, pair.chosen, pair.rejected],
+            "cuts": [pair.start, pair.stop, pair.rejected_stop]}
 
 
 def one_line(s, width):
-    s = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(s.split()))       # what a file says must not steer the screen
+    """A text in one line, its middle left out. What a file says must not steer the screen."""
+    s = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(s.split()))
     return s if len(s) <= width else s[:width // 2 - 1] + " … " + s[-(width // 2 - 2):]
 
 
-
 def show_pair(parts):
-    A, B, new, C = (one_line(parts[k], width) for k, width in (("A", 40), ("B", 60), ("B'", 60), ("C", 40)))
+    """Both texts of `pair_text`, B and B' in brackets, in two lines."""
+    A, C = one_line(parts["A"], 40), one_line(parts["C"], 40)
+    B, new = one_line(parts["B"], 60), one_line(parts["B'"], 60)
     return f"    y+  {A} [{B}] {C}\n    y-  {A} [{new}] {C if parts['C kept'] else ''}"
+
+
+# -------------------------------------------------------------------------------------------- curves
+
 PANELS = {      # title: keys of metrics.jsonl
-    "loss": ["loss"], "reward margin (nats)": ["rewards/margins"], "log-probs of the drawn pairs (nats)": ["logps/chosen", "logps/rejected"],
-    "share of drawn pairs with y+ ahead": ["rewards/accuracies"], "judge: y+ and y- that pass": ["pairs/chosen_judge", "pairs/rejected_judge"],
-    "where y- loses (nats)": ["pairs/segment_gap", "pairs/seam_gap"], "age of a drawn pair (steps)": ["buffer/age"],
-    "held out": ["eval/policy/accuracy", "eval/policy/judge, greedy", "eval/ema/judge, greedy"],
+    "loss": ["loss"], "reward margin (nats)": ["rewards/margins"],
+    "log-probs of the drawn pairs (nats)": ["logps/chosen", "logps/rejected"],
+    "share of drawn pairs with y+ ahead": ["rewards/accuracies"],
+    "share of y+ and y- that the verifier passes": ["pairs/chosen_verified", "pairs/rejected_verified"],
+    "where y- loses (nats)": ["pairs/segment_gap", "pairs/seam_gap"],
+    "staleness of a drawn pair (steps)": ["buffer/staleness"],
+    "held-out rows": ["eval/policy/ranking_accuracy", "eval/policy/verifier/greedy", "eval/ema/verifier/greedy"],
 }
 
+
+def read_curves(folder):
+    """{panel's title: {key: (steps, values)}} of what metrics.jsonl holds."""
+    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
+        lines = [row for row in map(json.loads, f) if "step" in row]
+    panels = {}
+    for title, keys in PANELS.items():
+        for key in keys:
+            points = [(row["step"], row[key]) for row in lines if key in row]
+            if points:
+                panels.setdefault(title, {})[key] = np.array(points, float).T
+    return panels
 
 
 def draw_curves(folder):
@@ -156,14 +225,11 @@ def draw_curves(folder):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no curves.png: matplotlib is not installed")
-    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
-    panels = {title: {k: [(r["step"], r[k]) for r in lines if k in r and "step" in r] for k in keys} for title, keys in PANELS.items()}
-    panels = {title: {k: np.array(v, float).T for k, v in curves.items() if v} for title, curves in panels.items() if any(curves.values())}
+    panels = read_curves(folder)
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained")
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for key, (x, y) in curves.items():
-            label = key.rpartition("/")[2] if not key.startswith("eval/") else key.removeprefix("eval/").replace("/", ": ")
+            label = key.removeprefix("eval/").replace("/", ": ") if "eval/" in key else key.rpartition("/")[2]
             if len(y) > 20:                              # the line is a running mean, the points are faint
                 n = max(3, len(y) // 20)
                 points = axis.plot(x, y, ".", markersize=2, alpha=0.35)[0]
@@ -183,3 +249,56 @@ def draw_curves(folder):
     figure.savefig(folder / ".curves.png", dpi=100, format="png")
     (folder / ".curves.png").replace(folder / "curves.png")
     plt.close(figure)
+
+
+# -------------------------------------------------------------------------------------------- the end
+
+def print_table(table):
+    """{model: {metric: value}} as aligned text."""
+    columns = list(next(iter(table.values())))
+    print("\neval      " + "  ".join(c.rjust(max(8, len(c))) for c in columns))
+    for name, row in table.items():
+        print(f"{name:<8}  " + "  ".join(f"{row[c]:.3f}".rjust(max(8, len(c))) for c in columns))
+    print()
+
+
+def print_profile(seconds, stages, device):
+    """Where the time went, and the memory."""
+    shares = sorted((stages | {"other": seconds - sum(stages.values())}).items(), key=lambda x: -x[1])
+    parts = [f"{name} {share / seconds:.0%}" for name, share in shares if share / seconds >= 0.005]
+    print(f"\n{seconds:.0f} s: " + ", ".join(parts))
+    if device.type == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
+    else:
+        with contextlib.suppress(ImportError):           # not on Windows
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            print(f"peak memory {peak / 2**30:.2f} GB")
+
+
+def write_samples(path, columns):
+    """samples.jsonl from {column: [text of each prompt]}, whole or not there."""
+    lines = []
+    for values in zip(*columns.values()):
+        lines.append(json.dumps(dict(zip(columns, values)), ensure_ascii=False) + "\n")
+    temporary = path.with_name(f".{path.stem}.tmp")
+    temporary.write_text("".join(lines), "utf-8")
+    temporary.replace(path)
+
+
+def model_card(name, base, cfg, steps, rows, table):
+    """README.md of a written model: what it is, from what, and what was measured."""
+    what = "The trained policy" if name == "model" else "The moving average that generated the rejected responses"
+    heads = list(next(iter(table.values())))
+    lines = []
+    for model, row in table.items():
+        lines.append(f"| {model} | " + " | ".join(f"{v:.4f}" for v in row.values()) + " |")
+    shown = [f.name for f in dataclasses.fields(SAPOConfig)] + ["lr", "optimizer", "epochs", "seed", "lora"]
+    settings = [f"    {flag_of(k)} {getattr(cfg, k)}" for k in shown]
+    return "\n".join([
+        f"# {what} of a SAPO run\n",
+        f"Fine-tuned from `{base}` on `{cfg.data}` by Self-Augmented Preference Optimization (arXiv 2405.20830), "
+        f"loss {cfg.loss}, {steps} steps.\n",
+        f"On {rows} held-out rows:\n",
+        f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}", *lines,
+        "\nSettings:\n", *settings, ""])

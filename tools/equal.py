@@ -23,7 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--preset", "tiny", "--sft-steps", "30", "--steps", "5", "--eval-rows", "12", "--eval-tokens", "16",
          "--eval-every", "2", "--show-every", "2", "--batch-size", "8", "--sft-batch-size", "8", "--micro-batch", "3",
          "--buffer-size", "24", "--save-every", "5", "--lr", "1e-3"]
-RENAMED = {}                # key of a JSON file there -> its name here
+RENAMED = {                 # key of a JSON file there -> its name here
+    "buffer/age": "buffer/staleness", "pairs/chosen_judge": "pairs/chosen_verified",
+    "pairs/rejected_judge": "pairs/rejected_verified"}
+MEASURES = {"accuracy": "ranking_accuracy", "margin": "gap_change", "judge, greedy": "verifier/greedy",
+            "judge, sampled": "verifier/sampled", "judge, temperature 1": "verifier/temperature_1"}
+RENAMED |= MEASURES | {f"eval/{m}/{old}": f"eval/{m}/{new}" for m in ("start", "policy", "ema") for old, new in MEASURES.items()}
 
 
 def python(tree, *arguments, processes=1):

@@ -1,0 +1,91 @@
+"""Files: JSON in and out, folders that are whole or not there, and BadInput."""
+
+import json
+import os
+import shutil
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """Something handed to us cannot be used; the message is one sentence that says what to do."""
+
+
+def parse_json(content, where):
+    """The value of JSON bytes; BadInput, which begins with `where`, if they are none."""
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+        if b"\\ud" in content.lower():                   # half a surrogate pair is JSON, but it is not text
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeError:
+        raise BadInput(f"{where}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({str(error)[:80]})") from None
+
+
+def read_json(path, what="file"):
+    """The value of a JSON file, or BadInput."""
+    try:
+        return parse_json(Path(path).read_bytes(), path)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; a {what} needs it") from None
+    except (OSError, ValueError) as error:               # ValueError: a name that no file can have
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+
+
+def json_or_nothing(content, name):
+    """An object from JSON bytes; of a broken file nothing, and a warning."""
+    try:
+        value = parse_json(content, name) if content else {}
+        return value if isinstance(value, dict) else {}
+    except BadInput:
+        print(f"warning: {name} is not valid JSON and is ignored", file=sys.stderr)
+        return {}
+
+
+def write_json(path, value):
+    """Pretty JSON, through a temporary name."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def new_folder(folder):
+    """A temporary folder to write into, named `folder` at the end, once the disk holds it: whole or not there.
+
+    What had that name is moved aside before, and deleted after. What fails is deleted: a full disk needs room.
+    """
+    folder = Path(folder)
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            flush(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def flush(path):
+    """Have the disk hold what was written (a folder too, where the system allows it)."""
+    with suppress(PermissionError, IsADirectoryError):
+        mode = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR    # Windows flushes only what it may write
+        handle = os.open(path, mode)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
