@@ -390,16 +390,18 @@ class State:
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
-    def start(cls, policy, cfg, eos, seed=0, lr=1e-6, optimizer=None, **more):
-        """Before the first step: theta_ema = pi_ref = theta, an empty buffer, seeded generators."""
+    def start(cls, policy, cfg, eos, seed=0, lr=1e-6, copy=twin, processes=1, optimizer=None,
+              generator=None, **more):
+        """Before the first step: theta_ema = pi_ref = theta, an empty buffer, seeded generators.
+        copy(policy) is a model that does not train; `more` are further fields."""
         if cfg.ema_every == "epoch" and not more.get("steps_per_epoch"):
             raise ValueError("ema_every 'epoch' needs steps_per_epoch")
-        ema = twin(policy)
+        ema = copy(policy)
         return cls(
-            policy=policy, ema=ema, generator=ema, eos=tuple(eos),
-            reference=twin(policy) if cfg.loss == "dpo" else None,
+            policy=policy, ema=ema, generator=generator or ema, eos=tuple(eos), processes=processes,
+            reference=copy(policy) if cfg.loss == "dpo" else None,
             optimizer=optimizer or torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0),
-            buffer=ReplayBuffer(cfg.buffer_size, seed, cfg.replay),
+            buffer=ReplayBuffer(cfg.buffer_size // processes, seed, cfg.replay),
             cut_rng=np.random.default_rng(seed), sample_rng=torch.Generator().manual_seed(seed),
             **more)
 

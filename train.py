@@ -25,22 +25,21 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from buffer import Pair, ReplayBuffer, collate, pack, unpack
+from buffer import Pair, collate, pack, unpack
 from losses import batch_logps
 from machine import checkpoint
-from machine.dataset import Data, Draw, Text, read_rows
-from machine.files import BadInput, new_folder, read_json, write_json
-from machine.flags import flag_of, parse, resolved
-from machine.folders import (blank, check_weights, companions, config_to_dict, find_model, load_pretrained,
-                             plain_weights, read_config, read_weights, refuse_links, save_adapter, save_pretrained,
-                             saved_dtype)
-from machine.parallel import World, load_weights, shard
+from machine.dataset import Draw
+from machine.files import BadInput, write_json
+from machine.flags import parse
+from machine.folders import blank, find_model, plain_weights, save_adapter, save_pretrained
+from machine.inputs import read_inputs
+from machine.parallel import World, load_weights, starting_model, twin_of, wrap
 from machine.report import (Evaluation, Log, draw_curves, eval_pairs, model_card, one_line, pair_text, passes,
-                            print_profile, print_table, show_pair, write_samples)
-from model import Transformer, add_lora, own_parameters, twin
-from sapo import (State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step)
+                            print_profile, print_sample, print_table, show_pair, write_samples)
+from model import own_parameters
+from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 
-FILES = ("data", "sft_data", "eval_data")
+KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on")     # of a Run, in a checkpoint
 
 
 class Stopped(Exception):
@@ -95,121 +94,36 @@ class Run:
     """One training run in one process: everything is read and checked when it is made, then `train` does it."""
 
     def __init__(self, command, world):
-        self.cfg, self.preset = command.cfg, command.preset
-        self.resume, self.out = command.resume, Path(command.cfg.out)
-        self.world = world
+        self.world, self.resume = world, command.resume
+        self.inputs = read_inputs(command, world)
+        self.cfg, self.text = self.inputs.cfg, self.inputs.text
+        self.data, self.steps = self.inputs.data[0], self.inputs.steps
+        self.out, self.lock = Path(self.cfg.out), None
+        self.again = f"python train.py --resume {self.out}"
         self.began, self.asked = time.monotonic(), None          # `asked`: the signal that asked to stop
         self.state, self.sft_step = None, 0
         self.bad_steps, self.saved = 0, None
         self.table, self.answers = {}, {}                        # {model: {metric: value}}, {model: [text]}
         self.evaluated, self.spent = None, {}                    # at which step; {stage: seconds}
-        self.lock, self.again = None, f"python train.py --resume {self.out}"
         half = self.cfg.dtype == "bfloat16" or self.cfg.dtype == "auto" and world.device.type == "cuda"
         self.half = torch.bfloat16 if half else torch.float32
         self.autocast = functools.partial(torch.autocast, world.device.type, torch.bfloat16) if half else nullcontext
-        self.base = self.commit = None
-        if not self.resume or self.cfg.lora:     # a whole model's checkpoint holds all weights, an adapter's its own
-            self.base, self.commit = find_model(self.cfg.model, world)
-        world.together(self.prepare)
-        seen = world.all([self.fingerprints(), dataclasses.asdict(self.cfg)])
-        if any(other != seen[0] for other in seen):      # they would take unequal numbers of steps, and wait
-            raise BadInput("not all processes have the same settings and data; start every node with the same "
-                           "command and the same files")
-
-    # -- before the first weight is loaded: what can be refused is refused here
-
-    def prepare(self):
-        rows = {name: read_rows(getattr(self.cfg, name)) for name in FILES if getattr(self.cfg, name)}
-        source = self.resume / "source" if self.resume else self.base
-        self.config = read_config(source)
-        refuse_links(source)
-        self.files = companions(source)
-        self.dtype = self.export_dtype()
-        self.cfg = cfg = resolved(self.cfg, self.config.max_position_embeddings, self.world.size)
-        self.text = Text(self.files, source, self.config, cfg.chat_template)
-        train, held = self.hold_back(rows)
-        bare = sum(row.rejected is None for row in train)
-        if cfg.rejected == "data" and bare:
-            raise BadInput(f"{cfg.data}: --rejected data, but {bare} rows have no rejected")
-        self.data = Data(train, self.text, cfg, "train", self.world.first)
-        self.eval_data = Data(held[:cfg.eval_rows], self.text, cfg, "eval", self.world.first)
-        self.sft_data = self.data
-        if cfg.sft_data:
-            self.sft_data = Data(rows["sft_data"], self.text, cfg, "SFT", self.world.first)
-        if not min(map(len, (self.data, self.eval_data, self.sft_data))):
-            raise BadInput(f"{self.data.note}; {self.eval_data.note}; nothing is left to use")
-        epochs = math.ceil(cfg.epochs * len(self.data) / cfg.batch_size)
-        self.steps = max(1, epochs) if cfg.steps is None else cfg.steps
-        if not self.resume and self.world.first:
-            names = ("model", "chat_template", *FILES)
-            checkpoint.may_write(self.out, cfg.overwrite, {flag_of(name): getattr(cfg, name) for name in names})
-
-    def export_dtype(self):
-        """The dtype in which the models will be written: the source's."""
-        if self.resume:
-            name = read_json(self.resume / "config.json").get("dtype")
-            if name not in ("float32", "bfloat16", "float16"):
-                raise BadInput(f"{self.resume / 'config.json'}: dtype is {name!r}; put the file back as it was written")
-            return getattr(torch, name)
-        if self.cfg.from_scratch:
-            return torch.float32
-        check_weights(self.base, self.config)
-        return saved_dtype(self.base)
-
-    def hold_back(self, rows):
-        """(rows to train on, rows to evaluate on). Without --eval-data every k-th row is held back, so that both look
-        alike."""
-        train = rows["data"]
-        if "eval_data" in rows:
-            return train, rows["eval_data"]
-        count = min(100, max(1, len(train) // 20))
-        back = set(range(0, len(train), len(train) // count)[:count])
-        if len(back) == len(train):
-            raise BadInput(f"{self.cfg.data}: one row is not enough, as some are held out; give --eval-data")
-        return [r for i, r in enumerate(train) if i not in back], [r for i, r in enumerate(train) if i in back]
-
-    def fingerprints(self):
-        return {"data": self.data.fingerprint(), "eval_data": self.eval_data.fingerprint(),
-                "sft_data": self.sft_data.fingerprint()}
-
-    def claim(self):
-        """Make the run folder, or clear up an old one, and hold it."""
-        if not self.resume:
-            self.record()
-        self.lock = checkpoint.lock(self.out)
-        checkpoint.clear_up(self.out)
-
-    def record(self):
-        """The run folder with config.json (every setting, resolved, and what it was run with) and source/."""
-        import importlib.metadata as metadata
-        libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
-        versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in libraries}
-        with new_folder(self.out) as temporary:
-            (temporary / "source").mkdir()
-            for name, content in self.files.items():
-                (temporary / "source" / name).write_bytes(content)
-            write_json(temporary / "source" / "config.json", config_to_dict(self.config, self.dtype))
-            write_json(temporary / "config.json", {
-                "settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps,
-                "world_size": self.world.size, "model_commit": self.commit, "versions": versions,
-                "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos),
-                "data": [data.note for data in (self.data, self.eval_data, self.sft_data)]})
 
     # -- the story
 
     def train(self):
-        cfg, world = self.cfg, self.world
+        cfg, world, inputs = self.cfg, self.world, self.inputs
         world.together(lambda: world.first and self.claim())
         self.log = Log(self.out, world.first)
-        for note in dict.fromkeys(data.note for data in (self.sft_data, self.data, self.eval_data)):
+        for note in dict.fromkeys(data.note for data in inputs.data):
             self.log.say(note)
         found = checkpoint.find_checkpoint(self.out, self.resume, world)
         if self.resume and not found:            # stopped before the first checkpoint: begin again
             self.resume = None
-            self.base, self.commit = find_model(cfg.model, world)
-        base = self.base if cfg.lora else None
-        self.stands_on = checkpoint.foundations(self.out, base, self.fingerprints(), world)
-        self.model = self.starting_model()
+            inputs.base, inputs.commit = find_model(cfg.model, world)
+        frozen = inputs.base if cfg.lora else None
+        self.stands_on = checkpoint.foundations(self.out, frozen, inputs.fingerprints(), world)
+        self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, blank_only=bool(self.resume))
         self.introduce()
         if found:
             self.load(found)
@@ -219,13 +133,20 @@ class Run:
         if self.state is None:
             self.sft()
             self.begin_sapo()
-            pairs = eval_pairs(self.eval_data, self.state.generator, cfg, self.text, world)
+            pairs = eval_pairs(inputs.data[1], self.state.generator, cfg, self.text, world)
             self.evaluation = self.make_evaluation(pairs, [])
         if self.state.step == 0 or cfg.eval_every and self.state.step % cfg.eval_every == 0:
             self.evaluate()                      # perhaps stopped while it evaluated
         self.sapo()
         self.evaluate()
         self.finish()
+
+    def claim(self):
+        """Make the run folder, or clear up an old one, and hold it."""
+        if not self.resume:
+            self.inputs.new_run()
+        self.lock = checkpoint.lock(self.out)
+        checkpoint.clear_up(self.out)
 
     def introduce(self):
         sizes = [p.numel() for p in self.model.parameters()]
@@ -234,67 +155,26 @@ class Run:
                      f"{self.world.device.type}, {self.cfg.sft_steps} SFT steps, {self.steps} SAPO steps of "
                      f"{self.cfg.batch_size} pairs")
 
-    def starting_model(self):
-        """The policy before the first step; on resume, one to be filled."""
-        cfg, device = self.cfg, self.world.device
-        rng = torch.Generator().manual_seed(cfg.seed)
-        fresh = cfg.from_scratch and not self.resume
-        if cfg.lora:
-            base = load_pretrained(self.base, self.half, device)
-            model = add_lora(base, cfg.lora, cfg.lora_alpha, rng, cfg.lora_projections.split(","))
-        elif cfg.shard:
-            model = shard(blank(self.config), self.world, self.half is torch.bfloat16)
-            if fresh:
-                load_weights(model, Transformer(self.config).init_weights(rng).named_parameters())
-            elif not self.resume:
-                load_weights(model, read_weights(self.base))
-        elif fresh:
-            model = Transformer(self.config).init_weights(rng).to(device)
-        else:
-            model = blank(self.config).to(device) if self.resume else load_pretrained(self.base, device=device)
-        model.gradient_checkpointing = cfg.gradient_checkpointing
-        return model
-
     def begin_sft(self):
-        self.policy = self.wrapped()
+        self.policy = wrap(self.model, self.world, self.cfg)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, lr=self.cfg.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.draw = Draw(self.sft_data, self.cfg.sft_batch_size, self.cfg.seed, self.world)
+        self.draw = Draw(self.inputs.data[2], self.cfg.sft_batch_size, self.cfg.seed, self.world)
 
     def begin_sapo(self):
         """theta_ema = pi_ref = theta, an empty buffer, generators of this process's own."""
         cfg, world = self.cfg, self.world
-        seed = cfg.seed + world.rank
-        ema, reference = self.twin(), self.twin() if cfg.loss == "dpo" else None
-        separate = cfg.shard or self.half is torch.bfloat16 and not cfg.lora
-        generator = blank(self.config, self.half).to(world.device).requires_grad_(False) if separate else ema
-        copy_parameters(generator, ema)
-        self.policy, self.optimizer = self.wrapped(), make_optimizer(self.model, cfg)
+        self.policy, self.optimizer = wrap(self.model, world, cfg), make_optimizer(self.model, cfg)
         self.draw = Draw(self.data, cfg.batch_size, cfg.seed, world)
-        self.state = State(
-            policy=self.policy, ema=ema, generator=generator, reference=reference, optimizer=self.optimizer,
-            buffer=ReplayBuffer(cfg.buffer_size // world.size, seed, cfg.replay),
-            cut_rng=np.random.default_rng(seed), sample_rng=torch.Generator().manual_seed(seed),
-            eos=self.text.eos, vocab=self.text.vocab, processes=world.size,
+        generator = None
+        if cfg.shard or self.half is torch.bfloat16 and not cfg.lora:      # whole, in a dtype that is fast
+            generator = blank(self.inputs.config, self.half).to(world.device).requires_grad_(False)
+        self.state = State.start(
+            self.policy, cfg, self.text.eos, cfg.seed + world.rank, optimizer=self.optimizer, generator=generator,
+            copy=lambda _: twin_of(self.model, cfg, world, self.half), processes=world.size, vocab=self.text.vocab,
             steps_per_epoch=max(1, round(len(self.data) / cfg.batch_size)),
             keep_ref=not cfg.shard)              # with shards, all must make the same calls
-
-    def twin(self):
-        """A copy of the policy that does not train, sharded if the policy is."""
-        if not self.cfg.shard:
-            return twin(self.model)
-        model = shard(blank(self.config), self.world, self.half is torch.bfloat16).requires_grad_(False)
-        copy_parameters(model, self.model)
-        return model
-
-    def wrapped(self):
-        """The policy as it is trained: under torchrun wrapped by DDP, unless it is sharded."""
-        if not self.world.many or self.cfg.shard:
-            return self.model
-        index = self.world.device.index
-        return torch.nn.parallel.DistributedDataParallel(
-            self.model, gradient_as_bucket_view=True,    # there are no buffers to broadcast
-            device_ids=[index] if self.world.device.type == "cuda" else None)
+        copy_parameters(self.state.generator, self.state.ema)
 
     # -- the two stages
 
@@ -384,19 +264,16 @@ class Run:
             parts = pair_text(self.state.buffer.pairs[-1], self.text)
             log.write("pairs", parts)
             log.say(f"step {number}/{self.steps}  {line}\n{show_pair(parts)}")
-        if metrics.get("ema/distance") == 0 and metrics["learning_rate"] > 0 and self.first_move:
+        if metrics.get("ema/distance") == 0 and metrics["learning_rate"] > 0:
             log.say("warning: no parameter moved; is the learning rate below what float32 can add?")
-        self.first_move = self.first_move and "ema/distance" not in metrics
         if number < self.steps and cfg.eval_every and number % cfg.eval_every == 0:
             self.evaluate()
         return line
 
-    first_move = True            # whether the EMA is still to move for the first time
-
     # -- evaluation
 
     def make_evaluation(self, pairs, gaps):
-        return Evaluation(self.eval_data, pairs, gaps, self.cfg, self.world, self.text, self.autocast,
+        return Evaluation(self.inputs.data[1], pairs, gaps, self.cfg, self.world, self.text, self.autocast,
                           self.poll_or_stop)
 
     def evaluate(self):
@@ -439,10 +316,9 @@ class Run:
         else:
             parts = {"policy": own_parameters(self.model), "shared": {}, "own": {},
                      "optimizer": named_moments(self.model, self.optimizer)}
-        parts["shared"] |= {
-            "sapo": self.state is not None, "sft_step": self.sft_step, "draw": self.draw.batch,
-            "bad_steps": self.bad_steps, "sizes": self.log.sizes(), "stands_on": self.stands_on, "table": self.table,
-            "before": self.answers.get("start", []), "evaluated": self.evaluated, "world_size": self.world.size}
+        parts["shared"] |= {name: getattr(self, name) for name in KEPT} | {
+            "sapo": self.state is not None, "draw": self.draw.batch, "sizes": self.log.sizes(),
+            "world_size": self.world.size}
         return parts
 
     def load(self, folder):
@@ -455,9 +331,9 @@ class Run:
                 raise BadInput(f"{where}: not what it was when the checkpoint was written; put the same files back")
         if self.steps < shared.get("step", 0):
             raise BadInput(f"--steps {self.steps}: this run has done {shared['step']} already")
-        self.saved, self.sft_step = folder, shared["sft_step"]
-        self.bad_steps, self.evaluated = shared["bad_steps"], shared["evaluated"]
-        self.table, self.answers = shared["table"], {"start": shared["before"]}
+        self.saved = folder
+        for name in KEPT:
+            setattr(self, name, shared[name])
         self.begin_sapo() if shared["sapo"] else self.begin_sft()
         models = self.state.models() if self.state else {"policy": self.model}
         checkpoint.load_models(folder, models)
@@ -493,17 +369,11 @@ class Run:
         for name, model in {"model": self.model, "ema": self.state.ema}.items() if self.steps else ():
             self.export(name, model)
         if self.world.first:
-            shown = self.evaluation.shown()
-            prompts = [self.text.decode(e.prompt, True) for e in shown]
-            columns = {"prompt": prompts, "chosen": [self.text.decode(e.chosen, True) for e in shown], **self.answers}
-            write_samples(self.out / "samples.jsonl", columns)
             write_json(self.out / "results.json", self.table)
+            write_samples(self.out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
             draw_curves(self.out)
             print_table(self.table)
-            if prompts:
-                print(f"prompt  {one_line(prompts[0], 200)}\nbefore  {one_line(self.answers['start'][0], 400)}")
-                if "policy" in self.answers:
-                    print(f"after   {one_line(self.answers['policy'][0], 400)}")
+            print_sample(self.out / "samples.jsonl")
             print_profile(time.monotonic() - self.began, self.spent, self.world.device)
             print(f"everything is in {self.out}")
         self.world.all(None)
@@ -513,13 +383,13 @@ class Run:
         weights, first = {}, self.world.first
         for key, tensor in plain_weights(model):
             if first:
-                weights[key] = tensor.to("cpu", self.dtype)
+                weights[key] = tensor.to("cpu", self.inputs.dtype)
         if first:
-            base = self.cfg.model + (f" at {self.commit}" if self.commit else "")
-            card = model_card(name, base, self.cfg, self.state.step, len(self.eval_data), self.table)
-            save_pretrained(model, self.out / name, self.dtype, self.files | {"README.md": card.encode()}, weights)
+            base = self.cfg.model + (f" at {self.inputs.commit}" if self.inputs.commit else "")
+            card = model_card(name, base, self.cfg, self.state.step, len(self.inputs.data[1]), self.table)
+            save_pretrained(model, self.out / name, self.inputs.dtype, self.inputs.files | {"README.md": card.encode()}, weights)
             if self.cfg.lora:
-                save_adapter(model, self.out / f"{name}_adapter", self.base)
+                save_adapter(model, self.out / f"{name}_adapter", self.inputs.base)
 
 
 # -------------------------------------------------------------------------------------------- the command

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buffer import pack, unpack
-from machine.files import BadInput, flush, new_folder, write_json
+from machine.files import BadInput, flush, new_folder, read_json, write_json
 from machine.parallel import shard_like
 from model import own_parameters, unshard
 
@@ -191,6 +191,28 @@ def may_write(out, overwrite, inputs):
     for flag, path in inputs.items():
         if path and Path(path).resolve().is_relative_to(out.resolve()):
             raise BadInput(f"--out {out} would be replaced, and with it {flag} {path}; choose another name")
+
+
+def new_run(out, files, config, run):
+    """A run folder with source/ (companion files and config.json of the model) and config.json (`run`: every setting,
+    resolved, and what it is run with)."""
+    import importlib.metadata as metadata
+    libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
+    versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in libraries}
+    with new_folder(out) as temporary:
+        (temporary / "source").mkdir()
+        for name, content in files.items():
+            (temporary / "source" / name).write_bytes(content)
+        write_json(temporary / "source" / "config.json", config)
+        write_json(temporary / "config.json", run | {"versions": versions})
+
+
+def dtype_of(out):
+    """The dtype in which a run's models will be written."""
+    name = read_json(out / "config.json").get("dtype")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise BadInput(f"{out / 'config.json'}: dtype is {name!r}; put the file back as the run wrote it")
+    return getattr(torch, name)
 
 
 def clear_up(out):

@@ -354,6 +354,28 @@ class Data:
         return hashlib.sha256(self.tokens.tobytes() + self.ends.tobytes() + verifiers).hexdigest()[:16]
 
 
+def read_data(rows, text, cfg, show):
+    """[train, eval, SFT] as Data, from {setting: Rows}; without rows to evaluate on, every k-th of the training rows is
+    held back, so that both look alike, and without SFT rows the training rows serve."""
+    train = rows["data"]
+    held = rows.get("eval_data")
+    if held is None:
+        count = min(100, max(1, len(train) // 20))
+        held = train[::len(train) // count][:count]
+        back = set(map(id, held))
+        train = [row for row in train if id(row) not in back]
+    if not train:
+        raise BadInput(f"{cfg.data}: one row is not enough, as some are held out; give --eval-data")
+    bare = sum(row.rejected is None for row in train)
+    if cfg.rejected == "data" and bare:
+        raise BadInput(f"{cfg.data}: --rejected data, but {bare} rows have no rejected")
+    data = [Data(train, text, cfg, "train", show), Data(held[:cfg.eval_rows], text, cfg, "eval", show)]
+    data.append(Data(rows["sft_data"], text, cfg, "SFT", show) if "sft_data" in rows else data[0])
+    if not min(map(len, data)):
+        raise BadInput(f"{data[0].note}; {data[1].note}; nothing is left to use")
+    return data
+
+
 class Draw:
     """[1]: mini-batches of a Data without end, each epoch in a new order; of each batch a process gets its own part.
 

@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from machine.files import BadInput
+from machine.folders import blank, load_pretrained, read_weights
+from model import Transformer, add_lora, twin
+from sapo import copy_parameters
 
 
 class World:
@@ -105,3 +108,43 @@ def load_weights(model, weights):
         if name in parameters:
             parameters[name].copy_(shard_like(tensor, parameters[name]))
     return model
+
+
+# -------------------------------------------------------------------------------------------- models of a run
+
+def starting_model(cfg, config, base, world, half, blank_only=False):
+    """The policy before the first step, from the folder `base` or from nothing. blank_only: one to be filled by a
+    checkpoint, which does not hold the frozen base of adapters. half: the dtype of that base, and of compute."""
+    rng, fresh = torch.Generator().manual_seed(cfg.seed), cfg.from_scratch and not blank_only
+    if cfg.lora:
+        model = load_pretrained(base, half, world.device)
+        model = add_lora(model, cfg.lora, cfg.lora_alpha, rng, cfg.lora_projections.split(","))
+    elif cfg.shard:
+        model = shard(blank(config), world, half is torch.bfloat16)
+        if fresh:
+            load_weights(model, Transformer(config).init_weights(rng).named_parameters())
+        elif not blank_only:
+            load_weights(model, read_weights(base))
+    elif fresh:
+        model = Transformer(config).init_weights(rng).to(world.device)
+    else:
+        model = blank(config).to(world.device) if blank_only else load_pretrained(base, device=world.device)
+    model.gradient_checkpointing = cfg.gradient_checkpointing
+    return model
+
+
+def twin_of(model, cfg, world, half):
+    """A copy of the policy that does not train, sharded if the policy is."""
+    if not cfg.shard:
+        return twin(model)
+    copy = shard(blank(model.config), world, half is torch.bfloat16).requires_grad_(False)
+    copy_parameters(copy, model)
+    return copy
+
+
+def wrap(model, world, cfg):
+    """The policy as it is trained: under torchrun wrapped by DDP, unless it is sharded."""
+    if not world.many or cfg.shard:
+        return model
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=device_ids)

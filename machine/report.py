@@ -276,14 +276,26 @@ def print_profile(seconds, stages, device):
             print(f"peak memory {peak / 2**30:.2f} GB")
 
 
-def write_samples(path, columns):
-    """samples.jsonl from {column: [text of each prompt]}, whole or not there."""
+def write_samples(path, examples, text, answers):
+    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}. Whole or not there."""
+    columns = {"prompt": [text.decode(e.prompt, True) for e in examples],
+               "chosen": [text.decode(e.chosen, True) for e in examples], **answers}
     lines = []
     for values in zip(*columns.values()):
         lines.append(json.dumps(dict(zip(columns, values)), ensure_ascii=False) + "\n")
     temporary = path.with_name(f".{path.stem}.tmp")
     temporary.write_text("".join(lines), "utf-8")
     temporary.replace(path)
+
+
+def print_sample(path):
+    """The first of samples.jsonl, before and after."""
+    with open(path, encoding="utf-8") as f:
+        for line in list(f)[:1]:
+            sample = json.loads(line)
+            print(f"prompt  {one_line(sample['prompt'], 200)}\nbefore  {one_line(sample['start'], 400)}")
+            if "policy" in sample:
+                print(f"after   {one_line(sample['policy'], 400)}")
 
 
 def model_card(name, base, cfg, steps, rows, table):

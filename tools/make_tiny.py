@@ -1,7 +1,7 @@
 """Makes the tiny world: data/tiny_{base,train,validation,test}.jsonl and data/tiny_model/ (a config and a tokenizer, no weights). Short stories with many right wordings and facts a program can check.
 
 A prompt states a name, a coloured thing, an animal and a place; a story mentions each at least twice, and its pronouns agree with the name.
-`judge` lists the words a story must and must not hold. Train, validation and test rows are clean, and no combination of facts in validation
+`verifier` lists the words a story must and must not hold. Train, validation and test rows are clean, and no combination of facts in validation
 or test occurs in train or base. A train row also holds `rejected`, a story by the base's author with a slip: offline DPO and ORPO need it, SAPO never looks.
 
 The base rows, from which the starting model learns to write, hold slips: later mentions get a fact wrong. The slips are habits: half of the
@@ -125,15 +125,15 @@ def fill(text, facts, wrong):
     return text
 
 
-def judge(facts):
+def verifier(facts):
     right, other = (SHE, HE) if facts["name"] in GIRLS else (HE, SHE)
     must_not = [value for field, values in FIELDS.items() for value in values if value != facts[field]]
     return {"must": [*facts.values(), right["they"]], "must_not": must_not + sorted({other[form] for form in ("they", "their", "them")})}
 
 
-def passes(text, judge):
+def passes(text, verifier):
     words = set(re.findall(r"\w+", text.lower()))
-    return words.issuperset(map(str.lower, judge["must"])) and words.isdisjoint(map(str.lower, judge["must_not"]))
+    return words.issuperset(map(str.lower, verifier["must"])) and words.isdisjoint(map(str.lower, verifier["must_not"]))
 
 
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -185,19 +185,19 @@ def main():
                 row = {"prompt": rng.choice(PROMPTS).format(**facts), "chosen": story}
                 if split == "train":                                     # a slip or more: for offline DPO and ORPO, never for SAPO
                     other = others.choice([c for c in DOMAINS["colour"] if c != facts["colour"]])
-                    while passes(worse := fill(wording(others), facts, slips(others, facts) or {"colour": other}), judge(facts)):
+                    while passes(worse := fill(wording(others), facts, slips(others, facts) or {"colour": other}), verifier(facts)):
                         pass
                     row["rejected"] = worse
                 if split != "base":
-                    row["judge"] = judge(facts)
-                    assert passes(story, row["judge"]), row
+                    row["verifier"] = verifier(facts)
+                    assert passes(story, row["verifier"]), row
                 stories.append(story)
                 texts += [row["prompt"], story] if split in ("base", "train") else []
-                passed += passes(story, judge(facts))
+                passed += passes(story, verifier(facts))
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
         words = sum(len(story.split()) for story in stories) / len(rows)
         print(f"{split}: {len(rows)} rows, {len(set(stories))} distinct stories, {words:.1f} words a story, "
-              f"{passed / len(rows):.1%} pass the judge")
+              f"{passed / len(rows):.1%} pass the verifier")
     write_model(args.out / "tiny_model", texts)
 
 
