@@ -1,14 +1,14 @@
-"""A pair's life: it is made, waits in the replay buffer, is drawn, and becomes a row of a batch.
+"""A pair's life: it waits in the replay buffer, is drawn, and becomes a row of a batch.
 
-Holds `Pair`, `ReplayBuffer` ([5] and [6] of Algorithm 1: first in, first out, drawn at random) and
-`collate`, which lays pairs out as a `Batch`. Leaves out models and files: a pair is plain data, and
-the buffer's whole state goes through JSON and integer arrays.
+Holds `Pair`, `ReplayBuffer` ([5] and [6] of Algorithm 1) and `collate`, which lays pairs out as a
+`Batch`. Leaves out models and files: a pair is plain data, the buffer's state JSON and arrays.
 
 Axes: n pairs, R rows, T tokens of a row, P shared prefix, S continuation, L tokens of one text.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -44,8 +44,7 @@ class Pair:
         return 0 < self.rejected_stop < len(self.rejected)
 
 
-# ---------------------------------------------------------------------------------- the buffer
-
+# ------------------------------------------------------------------- the buffer
 class ReplayBuffer:
     """A queue of at most `capacity` pairs; the oldest leaves. Draws come from its own generator.
 
@@ -54,10 +53,8 @@ class ReplayBuffer:
     """
 
     def __init__(self, capacity, seed=0, replay="uniform"):
-        if capacity < 1:
-            raise ValueError(f"the buffer's capacity is {capacity}; it must be at least 1")
-        if replay not in ("uniform", "inverse-count"):
-            raise ValueError(f"replay is {replay!r}; choose uniform or inverse-count")
+        if capacity < 1 or replay not in ("uniform", "inverse-count"):
+            raise ValueError(f"capacity {capacity}, replay {replay!r}: there is no such buffer")
         self.pairs = deque(maxlen=capacity)
         self.replay, self.rng = replay, np.random.default_rng(seed)
 
@@ -97,17 +94,17 @@ FLOATS = ("ref_chosen", "ref_rejected")
 
 
 def pack(pairs):
-    """Pairs as four arrays: all tokens one after another (int32), lengths (n, 3), counts (n, 7),
-    floats (n, 2)."""
+    """Pairs as arrays: tokens one by one (int32), lengths (n, 3), counts (n, 7), floats (n, 2)."""
     pairs = list(pairs)
     lists = [getattr(p, name) for p in pairs for name in TOKENS]
-    lengths = [len(tokens) for tokens in lists]
-    counts = [[getattr(p, name) for name in COUNTS] for p in pairs]
-    floats = [[getattr(p, name) for name in FLOATS] for p in pairs]
+
+    def table(rows, names, dtype):
+        return np.array(list(rows), dtype).reshape(-1, len(names))
+
     return {"tokens": np.array([t for tokens in lists for t in tokens], np.int32),
-            "lengths": np.array(lengths, np.int64).reshape(-1, len(TOKENS)),
-            "counts": np.array(counts, np.int64).reshape(-1, len(COUNTS)),
-            "floats": np.array(floats, np.float64).reshape(-1, len(FLOATS))}
+            "lengths": table(map(len, lists), TOKENS, np.int64),
+            "counts": table(map(attrgetter(*COUNTS), pairs), COUNTS, np.int64),
+            "floats": table(map(attrgetter(*FLOATS), pairs), FLOATS, np.float64)}
 
 
 def unpack(arrays):
@@ -121,8 +118,7 @@ def unpack(arrays):
     return pairs
 
 
-# ---------------------------------------------------------------------------------- a batch
-
+# ---------------------------------------------------------------------- a batch
 class Batch(NamedTuple):
     """n pairs as rows. Labels are shifted here and nowhere else: labels[:, t] follows ids[:, t]."""
     ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S; R = 2n where nothing is shared
@@ -220,7 +216,9 @@ def _padding(texts, rows, width, prefix):
     """A Batch of padding alone, to be written into."""
     ids, positions = torch.zeros(rows, width, dtype=torch.int64), torch.arange(width)
     nothing = torch.zeros(rows, width, dtype=torch.bool)
-    lengths = [(t.chosen.scored.sum(), t.rejected.scored.sum(), t.chosen.labelled.sum()) for t in texts]
+    lengths = []
+    for t in texts:
+        lengths.append([t.chosen.scored.sum(), t.rejected.scored.sum(), t.chosen.labelled.sum()])
     return Batch(ids, positions.repeat(rows, 1), torch.full_like(ids, IGNORE), nothing,
                  nothing.clone(), torch.tensor(np.array(lengths)), prefix, texts)
 
@@ -229,7 +227,6 @@ def _place(batch, row, column, text, start, stop):
     """Write tokens start:stop of a Side into a row from `column` on, each with its label."""
     here, after = slice(column, column + stop - start), slice(start + 1, stop + 1)
     labels = np.where(text.labelled[after], text.ids[after], IGNORE)
-    batch.ids[row, here] = torch.from_numpy(text.ids[start:stop])
-    batch.labels[row, here] = torch.from_numpy(labels)
-    batch.scored[row, here] = torch.from_numpy(text.scored[after])
-    batch.seam[row, here] = torch.from_numpy(text.seam[after])
+    for into, values in ((batch.ids, text.ids[start:stop]), (batch.labels, labels),
+                         (batch.scored, text.scored[after]), (batch.seam, text.seam[after])):
+        into[row, here] = torch.from_numpy(values)

@@ -21,8 +21,7 @@ LOGITS = 2**25       # so many logits at a time (128 MiB in float32); beyond tha
 KEPT = 2**28         # so many are kept for the backward pass (1 GiB); beyond that, computed again
 
 
-# ---------------------------------------------------------------------------------- the equations
-
+# ---------------------------------------------------------------- the equations
 class Loss(NamedTuple):
     """What a pair costs, and the rewards that the loss implies: each (n,)."""
     value: torch.Tensor
@@ -65,8 +64,7 @@ def slic_loss(nll, chosen, rejected, delta, lam):
 
 
 def log_odds(logp):
-    """log(p / (1 - p)) of log p <= 0 (ORPO, equation 4); finite, with a finite gradient, from 0
-    to -1e4 and beyond."""
+    """log(p / (1 - p)) of log p <= 0 (ORPO, eq. 4); finite, as its gradient is, from 0 to -1e4."""
     return logp - log1mexp(logp)
 
 
@@ -82,8 +80,7 @@ def log1mexp(x):
     return torch.where(near, from_expm1, from_log1p)
 
 
-# ---------------------------------------------------------------------------------- log-probs
-
+# -------------------------------------------------------------------- log-probs
 def token_logps(hidden, weight, labels, chunk=0, keep=0):
     """Log-prob of each label under softmax(hidden @ weight.T), 0 where the label is IGNORE.
 
@@ -123,8 +120,7 @@ def batch_logps(model, batch):
 
 
 def by_side(values, batch):
-    """Sums of values (R, T) over each chosen and each rejected text: two (n,). What stands in the
-    shared prefix counts in both."""
+    """Sums of values (R, T) over each chosen and each rejected text, prefix included: two (n,)."""
     if not batch.prefix:
         return values.sum(-1).chunk(2)
     prefix = values[:, :batch.prefix].sum(-1)                              # (n,)
@@ -138,8 +134,7 @@ def score(model, batch):
     return by_side(batch_logps(model, batch) * batch.scored, batch)
 
 
-# ---------------------------------------------------------------------------------- [7]
-
+# -------------------------------------------------------------------------- [7]
 class Scores(NamedTuple):
     """What a loss may look at, each (n,), summed over tokens."""
     chosen: torch.Tensor            # log p of the scored tokens of y+
@@ -173,8 +168,7 @@ LOSSES = {"dpo": _dpo, "orpo": _orpo, "slic": _slic}    # Scores, settings -> (L
 
 
 def scored_tokens(cfg):
-    """What `collate` must label for a loss: sums may leave out the common beginning, which
-    cancels; ORPO's means need all of y."""
+    """What `collate` labels for a loss: sums may leave out the common beginning, means need it."""
     nll_on = None if cfg.loss == "dpo" else cfg.nll_on
     return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": nll_on}
 

@@ -44,8 +44,7 @@ class ModelConfig:
     source: dict = field(default_factory=dict, repr=False)   # config.json as it was read
 
 
-# ---------------------------------------------------------------------------------- the layers
-
+# ------------------------------------------------------------------- the layers
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 or wider and cast back before the weight."""
 
@@ -120,8 +119,7 @@ def attend(q, k, v, mask):
 
 
 def attend_continuations(q, k, v, prefix, prefix_mask, mask):
-    """Attention of rows [P prefix | S chosen | S rejected]: each continuation sees the prefix and
-    itself, never the other."""
+    """Attention of rows [P prefix | S chosen | S rejected]: neither continuation sees the other."""
     P, S = prefix, (q.shape[2] - prefix) // 2
 
     def fold(t):         # (B, heads, 2S, E) -> (2B, heads, S, E): the continuations become rows
@@ -188,8 +186,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ---------------------------------------------------------------------------------- the decoder
-
+# ------------------------------------------------------------------ the decoder
 class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -276,20 +273,17 @@ class Transformer(nn.Module):
 
 
 def twin(model):
-    """A copy that does not train: for the EMA, the reference and the generator. Frozen parameters
-    are shared, not copied."""
+    """A copy that does not train, for EMA and reference. It shares what is frozen in the model."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
 def unshard(tensor):
-    """A tensor in one piece. FSDP2's shards are gathered, by all processes together; any other
-    tensor is returned as it is."""
+    """A tensor in one piece: FSDP2's shards are gathered (by all together), others left alone."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-# ---------------------------------------------------------------------------------- LoRA
-
+# ------------------------------------------------------------------------- LoRA
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -322,8 +316,7 @@ class LoRA(nn.Module):
 
 
 def add_lora(model, rank, alpha, rng, projections=PROJECTIONS):
-    """Freeze a Transformer and put an adapter on each of the named projections. Names stay; B = 0
-    changes no bit. rng: a torch.Generator."""
+    """Freeze a Transformer and put an adapter on each of the named projections; names stay."""
     model.requires_grad_(False)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
@@ -338,13 +331,13 @@ def own_parameters(model):
     return {k: p for k, p in parameters.items() if "lora_" in k} or parameters
 
 
-# ---------------------------------------------------------------------------------- generation
-
+# ------------------------------------------------------------------- generation
 class KVCache:
-    """Keys and values of all layers in one piece, sized once: (layers, B, K, W, E). Slot w holds
-    the text's token w."""
+    """Keys and values of all layers, (layers, B, K, W, E). Slot w holds the text's token w."""
 
     def __init__(self, config, batch, width, dtype, device):
+        if device.type != "cpu":           # there, a few sizes are better than many
+            width = -(-width // 64) * 64
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, heads, width, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -358,8 +351,7 @@ class KVCache:
         return self
 
     def put(self, k, v):
-        """Store (B, K, T, E); return everything up to `width`, or only what was given if it is a
-        whole beginning."""
+        """Store (B, K, T, E); return all up to `width`, or what was given if it is a beginning."""
         T = k.shape[2]
         if T > 1:                          # prefill: the first T slots, padding included
             self.k[:, :, :T] = k
@@ -408,41 +400,36 @@ def no_lap(stage):
 def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, rng=None,
              vocab=None, ban=(), lap=no_lap):
     """Continue each prompt (a list of ids) by at most its budget, up to and including a token of
-    `eos`: a list of lists.
+    `eos`: a list of lists. ValueError if a prompt is empty.
 
-    rng: a CPU torch.Generator that owns the draws (none is needed at temperature 0). All uniforms
-    are drawn first, row after row, so a row's text does not depend on its batch, rounding aside.
-    vocab: ids from here on are never sampled (a padded embedding has more rows than the tokenizer
-    has tokens). ban: further ids never sampled. lap: called after "prefill" and after "decode".
-    ValueError if a prompt is empty.
+    rng: a CPU torch.Generator, not needed at temperature 0. vocab: ids from here on are never
+    sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never
+    sampled. lap: called with "prefill" and "decode" after each.
     """
     if not all(prompts):
         raise ValueError("generate needs at least one token in each prompt (BOS for an empty text)")
     if max(budgets, default=0) < 1:
         return [[] for _ in prompts]
     embedding, steps = model.model.embed_tokens.weight, max(budgets)
-    device, longest = embedding.device, max(map(len, prompts))
-    uniform = torch.zeros(sum(budgets), dtype=torch.float64)
-    if temperature:
-        uniform.uniform_(generator=rng)
-    uniform = _padded(uniform.split(list(budgets)), device)                # (B, steps)
-    ids = _padded(map(torch.tensor, prompts), device)                      # (B, T)
-    lengths = torch.tensor([[len(p)] for p in prompts], device=device)     # (B, 1)
-    budgets = torch.tensor(budgets, device=device)[:, None]                # (B, 1)
-    stops = torch.tensor(sorted(eos), dtype=torch.long, device=device)
-    banned = [i for i in ban if i < (vocab or len(embedding))]
-    banned = torch.tensor(banned, dtype=torch.long, device=device)
-    width = longest + steps if device.type == "cpu" else -(-(longest + steps) // 64) * 64
+    device, width = embedding.device, max(map(len, prompts)) + steps
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    uniform = _padded(_uniforms(budgets, temperature, rng), device)        # (B, steps)
+    ids = _padded([torch.tensor(prompt) for prompt in prompts], device)    # (B, T)
+    lengths = tensor([[len(prompt)] for prompt in prompts])                # (B, 1)
+    budgets = tensor(budgets)[:, None]                                     # (B, 1)
+    stops, banned = tensor(sorted(eos)), tensor([i for i in ban if i < (vocab or len(embedding))])
     cache = KVCache(model.config, len(prompts), width, embedding.dtype, device)
     out = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
     turn = torch.zeros_like(lengths)       # how many times the rows were asked
-    made = torch.zeros_like(lengths)       # tokens generated so far
-    done = budgets <= 0
+    made, done = torch.zeros_like(lengths), budgets <= 0                   # tokens generated so far
 
     def last(hidden, weight):              # the head where a row ends
         return linear(hidden[torch.arange(len(hidden), device=device), lengths[:, 0] - 1], weight)
 
-    def choose():                          # all of it works in place, for a CUDA graph's sake
+    def choose():                          # works in place, as `read` does, for a CUDA graph
         logits.index_fill_(1, banned, -torch.inf)
         draw = uniform.gather(1, turn)[:, 0]                               # (B,)
         token = sample(logits[:, :vocab], draw, temperature, top_k, top_p)[:, None]
@@ -463,7 +450,7 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
         if (device.type == "cpu" or step % 16 == 0) and bool(done.all()):  # a GPU waits to be asked
             break
         if device.type == "cpu":
-            cache.width = longest + step   # what is still empty need not be read
+            cache.width = width - steps + step     # what is still empty need not be read
         read()
         if device.type == "cuda" and step == 1 and steps > 8:
             read = _graph(read)
@@ -471,13 +458,19 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     return [row[:n] for row, n in zip(out.tolist(), made[:, 0].tolist())]
 
 
+def _uniforms(budgets, temperature, rng):
+    """Random numbers in [0, 1) for each row. All are drawn first, row after row, so that a row's
+    text does not depend on its batch, rounding aside."""
+    uniform = torch.zeros(sum(budgets), dtype=torch.float64)
+    return (uniform.uniform_(generator=rng) if temperature else uniform).split(list(budgets))
+
+
 def _padded(rows, device):
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
 def _graph(function):
-    """A function of no arguments that works in place, as one CUDA graph: one launch for hundreds
-    of kernels."""
+    """A function that works in place, as a CUDA graph: one launch for hundreds of kernels."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()

@@ -91,8 +91,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     return metrics | pair_metrics(state, fresh, pairs) | {"grad_norm": norm}
 
 
-# ---------------------------------------------------------------------------------- sampling
-
+# --------------------------------------------------------------------- sampling
 class Example(NamedTuple):
     """One row of D in token ids. `rejected` is used only with SAPOConfig.rejected "data"."""
     prompt: list
@@ -102,8 +101,7 @@ class Example(NamedTuple):
 
 
 def split(chosen, segment, eos, rng):
-    """[2]: (start, stop) of B in y+, uniform over all legal cuts. The end token, if y+ has one, is
-    never in B. rng: a numpy Generator."""
+    """[2]: (start, stop) of B in y+, uniform over all legal cuts; B never holds the end token."""
     n = len(chosen) - (chosen[-1] in eos)
     length = segment_length(segment, n)
     start = int(rng.integers(0, n - length + 1))
@@ -159,15 +157,15 @@ def steps_ahead(state, cfg):
     return min(steps - state.step % steps, cfg.generate_ahead)
 
 
-# ---------------------------------------------------------------------------------- training
-
+# --------------------------------------------------------------------- training
 def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
     """[7]: the gradient of the mean loss over `pairs`, in micro-batches formed by length. Returns
     metrics. The mean is over all pairs, so the number of micro-batches does not change it."""
     order = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
     parts = [order[i:i + cfg.micro_batch] for i in range(0, len(order), cfg.micro_batch)]
     device = next(state.policy.parameters()).device
-    values, bad_rows, reference = [], [], None
+    values, bad_rows = [], []
+    reference = None
     for part in parts:
         batch = collate(part, **scored_tokens(cfg)).to(device)
         state.clock.lap("data")
@@ -188,8 +186,7 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
 
 
 def exchange_gradients(policy, last):
-    """A context for one of several backward passes: DDP averages gradients over the processes once,
-    in the last of them."""
+    """A context for one of several backward passes: DDP exchanges gradients in the last of them."""
     return nullcontext() if last or not hasattr(policy, "no_sync") else policy.no_sync()
 
 
@@ -226,11 +223,12 @@ def ema_update(ema, policy, alpha):
     alpha weighs the OLD EMA. Returns how far the two are apart afterwards,
     |theta - theta_ema| / |theta|. Frozen parameters, which the two may share, stay out of it.
     """
-    apart = size = 0.0
+    apart, size = 0.0, 0.0
     for old, new in zip(ema.parameters(), policy.parameters()):
         if new.requires_grad:
             old.lerp_(new, 1 - alpha)
-            apart, size = apart + (new - old).square().sum(), size + new.square().sum()
+            apart = apart + (new - old).square().sum()
+            size = size + new.square().sum()
     return float(unshard((apart / size).sqrt()))
 
 
@@ -256,11 +254,9 @@ def is_due(every, state):
     return steps > 0 and state.step % steps == 0
 
 
-# ---------------------------------------------------------------------------------- metrics
-
+# ---------------------------------------------------------------------- metrics
 def pair_metrics(state, fresh, pairs):
-    """What this method adds to the usual metrics: the fresh pairs, the drawn pairs, the buffer and
-    the stages' seconds."""
+    """What this method adds to the usual metrics: of fresh and drawn pairs, buffer and seconds."""
     times, eos = state.clock.seconds, state.eos
     generating = times.get("prefill", 0.0) + times.get("decode", 0.0)
     ended = [p.rejected_stop == len(p.rejected) and p.rejected[-1] in eos for p in fresh]
@@ -300,8 +296,7 @@ class Clock:
         return time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------- settings
-
+# --------------------------------------------------------------------- settings
 def setting(default, help, source="ours", **more):
     """A dataclass field that knows what it means, where its default comes from, and its range."""
     return field(default=default, metadata={"help": help, "source": source, **more})
@@ -314,60 +309,44 @@ STEPS = r"[1-9]\d{0,8}"
 class SAPOConfig:
     """Every choice of the method, each a field with its source. Defaults are SAPO-DPO's: the
     paper's, else the authors' code's, else ours."""
-    loss: str = setting(
-        "dpo", "preference loss; slic: SLiC-HF, to show that the pairs serve any pairwise loss",
-        "paper; slic: ours", choices=("dpo", "orpo", "slic"))
-    beta: float = setting(
-        0.1, "DPO: strength of the pull to the reference", "authors' code", low=1e-12)
-    lam: float = setting(
-        0.05, "ORPO: weight of the odds-ratio term; SLiC: of the NLL", "authors' code", low=0)
-    delta: float = setting(
-        1.0, "SLiC: the margin, in nats, beyond which a pair costs nothing", "SLiC-HF", low=0)
+    loss: str = setting("dpo", "preference loss: dpo, orpo, or SLiC-HF's", "paper; slic: ours",
+                        choices=("dpo", "orpo", "slic"))
+    beta: float = setting(0.1, "DPO: pull to the reference", "authors' code", low=1e-12)
+    lam: float = setting(0.05, "weight of ORPO's odds-ratio term, of SLiC's NLL", "authors' code")
+    delta: float = setting(1.0, "SLiC: margin, in nats, beyond which a pair costs nothing", "SLiC-HF")
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
-    micro_batch: int = setting(
-        8, "pairs in one forward pass, per process; changes memory, not the result", low=1)
-    segment: str = setting(
-        "256", "length of B: tokens, or a share of the response such as 50%", "paper",
-        pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%",
-        form="a number of tokens, or a share such as 50%")
-    alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", low=0, high=1)
-    ema_every: str = setting(
-        "2", "optimizer steps between EMA updates, or 'epoch'", "paper",
-        pattern=f"{STEPS}|epoch", form="a number of steps, or epoch")
-    buffer_size: int = setting(
-        2000, "pairs in the replay buffer, over all processes", "paper", low=1)
-    replay: str = setting(
-        "uniform", "how pairs are drawn; inverse-count weighs by 1/(uses+1)",
-        "paper; inverse-count: authors' code", choices=("uniform", "inverse-count"))
+    micro_batch: int = setting(8, "pairs in a forward pass, per process; changes memory alone", low=1)
+    segment: str = setting("256", "length of B: tokens, or a share of the response (50%)", "paper",
+                           pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%",
+                           form="a number of tokens, or a share such as 50%")
+    alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", high=1)
+    ema_every: str = setting("2", "optimizer steps between EMA updates, or 'epoch'", "paper",
+                             pattern=f"{STEPS}|epoch", form="a number of steps, or epoch")
+    buffer_size: int = setting(2000, "pairs in the buffer, over all processes", "paper", low=1)
+    replay: str = setting("uniform", "draws from the buffer; inverse-count: by 1 / (uses + 1)",
+                          "paper; the other: authors' code", choices=("uniform", "inverse-count"))
     ref_refresh: str = setting(
-        "epoch", "steps between refreshes of the DPO reference, 'epoch' or 'never'",
-        "authors' code", pattern=f"{STEPS}|epoch|never", form="a number of steps, epoch or never")
-    ref_from: str = setting(
-        "ema", "what a refreshed reference copies", "authors' code", choices=("ema", "policy"))
-    rejected: str = setting(
-        "sapo", "where y- comes from: SAPO, or the data's own 'rejected'", "paper",
-        choices=("sapo", "data"))
-    score_on: str = setting(
-        "response", "tokens the loss compares", "paper", choices=("response", "segment"))
-    nll_on: str = setting(
-        "response", "tokens of ORPO's NLL term", "paper", choices=("response", "prompt+response"))
-    eos_in_segment: str = setting(
-        "stop", "an end token inside B' ends y- (C is dropped), or is never sampled",
-        "authors' code", choices=("stop", "ban"))
-    temperature: float = setting(0.7, "of sampling B'; 0 is greedy", "authors' code", low=0)
-    top_k: int = setting(50, "of sampling B'; 0 keeps all", "authors' code", low=0)
-    top_p: float = setting(
-        0.95, "of sampling B'; 1 keeps all", "authors' code", low=1e-6, high=1)
-    max_grad_norm: float = setting(
-        1.0, "gradients are clipped to this norm; 0 does not clip", low=0)
-    generate_ahead: int = setting(
-        8, "batches of B' generated ahead at most; changes speed, not the result", low=1)
-    generate_rows: int = setting(
-        64, "texts generated at once, per process; changes memory and speed, not the result", low=1)
+        "epoch", "steps between refreshes of DPO's reference, 'epoch' or 'never'", "authors' code",
+        pattern=f"{STEPS}|epoch|never", form="a number of steps, epoch or never")
+    ref_from: str = setting("ema", "what a refreshed reference copies", "authors' code",
+                            choices=("ema", "policy"))
+    rejected: str = setting("sapo", "where y- comes from: SAPO, or the data's 'rejected'", "paper",
+                            choices=("sapo", "data"))
+    score_on: str = setting("response", "tokens the loss compares", "paper",
+                            choices=("response", "segment"))
+    nll_on: str = setting("response", "tokens of ORPO's NLL term", "paper",
+                          choices=("response", "prompt+response"))
+    eos_in_segment: str = setting("stop", "an end token in B' ends y-, or is never sampled",
+                                  "authors' code", choices=("stop", "ban"))
+    temperature: float = setting(0.7, "of sampling B'; 0 is greedy", "authors' code")
+    top_k: int = setting(50, "of sampling B'; 0 keeps all", "authors' code")
+    top_p: float = setting(0.95, "of sampling B'; 1 keeps all", "authors' code", low=1e-6, high=1)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 does not clip")
+    generate_ahead: int = setting(8, "batches generated ahead at most; changes speed alone", low=1)
+    generate_rows: int = setting(64, "texts generated at once; changes memory and speed", low=1)
 
 
-# ---------------------------------------------------------------------------------- state
-
+# ------------------------------------------------------------------------ state
 @dataclass(kw_only=True)
 class State:
     """Everything that Algorithm 1 changes, and what it needs to know of its surroundings."""

@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=8 train.py ...                     the same on many GPUs
     python train.py --resume runs/NAME                           go on where it stopped
 
-Leaves out the method, which is sapo.py's, and what a real run needs around it, which is machine/'s. Read `Run.train`.
+Leaves out the method, which is sapo.py's, and what a real run needs around it, which is machine/'s. Read
+`Run.train`.
 """
 
 import dataclasses
@@ -50,10 +51,9 @@ class Diverged(Exception):
     """Too many steps in a row were not finite."""
 
 
-# -------------------------------------------------------------------------------------------- one step
-
+# ------------------------------------------------------------------------------- one step
 def learning_rate(step, steps, cfg, peak):
-    """Linear warm-up to `peak`, then the decay. step counts from 0; the last step of linear is the last above 0."""
+    """Linear warm-up to `peak`, then the decay. step counts from 0; linear ends above 0."""
     warmup = int(cfg.warmup) if not cfg.warmup.endswith("%") else round(steps * float(cfg.warmup[:-1]) / 100)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -71,7 +71,7 @@ def make_optimizer(model, cfg):
 
 
 def sft_step(policy, optimizer, examples, cfg, autocast):
-    """One step of supervised fine-tuning on chosen responses: the mean over rows of the mean NLL. Returns metrics."""
+    """One step of SFT on chosen responses: the mean over rows of the mean NLL. Returns metrics."""
     optimizer.zero_grad(set_to_none=True)
     device, total = next(policy.parameters()).device, 0.0
     bad_rows = []
@@ -88,10 +88,9 @@ def sft_step(policy, optimizer, examples, cfg, autocast):
     return {"loss": total / len(examples), "grad_norm": norm, "bad_rows": bad_rows}
 
 
-# -------------------------------------------------------------------------------------------- a run
-
+# ---------------------------------------------------------------------------------- a run
 class Run:
-    """One training run in one process: everything is read and checked when it is made, then `train` does it."""
+    """One training run in one process: what it needs is read and checked first, then `train` does it."""
 
     def __init__(self, command, world):
         self.world, self.resume = world, command.resume
@@ -107,12 +106,17 @@ class Run:
         self.evaluated, self.spent = None, {}                    # at which step; {stage: seconds}
         half = self.cfg.dtype == "bfloat16" or self.cfg.dtype == "auto" and world.device.type == "cuda"
         self.half = torch.bfloat16 if half else torch.float32
-        self.autocast = functools.partial(torch.autocast, world.device.type, torch.bfloat16) if half else nullcontext
+        self.autocast = nullcontext
+        if half:
+            self.autocast = functools.partial(torch.autocast, world.device.type, torch.bfloat16)
+        self.evaluation_of = functools.partial(
+            Evaluation, self.inputs, world, self.autocast, self.poll_or_stop)
 
     # -- the story
 
     def train(self):
-        cfg, world, inputs = self.cfg, self.world, self.inputs
+        cfg, world = self.cfg, self.world
+        inputs = self.inputs
         world.together(lambda: world.first and self.claim())
         self.log = Log(self.out, world.first)
         for note in dict.fromkeys(data.note for data in inputs.data):
@@ -123,7 +127,7 @@ class Run:
             inputs.base, inputs.commit = find_model(cfg.model, world)
         frozen = inputs.base if cfg.lora else None
         self.stands_on = checkpoint.foundations(self.out, frozen, inputs.fingerprints(), world)
-        self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, blank_only=bool(self.resume))
+        self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, bool(self.resume))
         self.introduce()
         if found:
             self.load(found)
@@ -134,7 +138,7 @@ class Run:
             self.sft()
             self.begin_sapo()
             pairs = eval_pairs(inputs.data[1], self.state.generator, cfg, self.text, world)
-            self.evaluation = self.make_evaluation(pairs, [])
+            self.evaluation = self.evaluation_of(pairs)
         if self.state.step == 0 or cfg.eval_every and self.state.step % cfg.eval_every == 0:
             self.evaluate()                      # perhaps stopped while it evaluated
         self.sapo()
@@ -151,14 +155,14 @@ class Run:
     def introduce(self):
         sizes = [p.numel() for p in self.model.parameters()]
         trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        self.log.say(f"{sum(sizes):,} parameters, {sum(trained):,} of them trained, {self.world.size} process(es) on "
-                     f"{self.world.device.type}, {self.cfg.sft_steps} SFT steps, {self.steps} SAPO steps of "
-                     f"{self.cfg.batch_size} pairs")
+        self.log.say(f"{sum(sizes):,} parameters, {sum(trained):,} of them trained, {self.world.size} "
+                     f"process(es) on {self.world.device.type}, {self.cfg.sft_steps} SFT steps, {self.steps} "
+                     f"SAPO steps of {self.cfg.batch_size} pairs")
 
     def begin_sft(self):
         self.policy = wrap(self.model, self.world, self.cfg)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.cfg.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameters, self.cfg.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.draw = Draw(self.inputs.data[2], self.cfg.sft_batch_size, self.cfg.seed, self.world)
 
     def begin_sapo(self):
@@ -170,8 +174,9 @@ class Run:
         if cfg.shard or self.half is torch.bfloat16 and not cfg.lora:      # whole, in a dtype that is fast
             generator = blank(self.inputs.config, self.half).to(world.device).requires_grad_(False)
         self.state = State.start(
-            self.policy, cfg, self.text.eos, cfg.seed + world.rank, optimizer=self.optimizer, generator=generator,
-            copy=lambda _: twin_of(self.model, cfg, world, self.half), processes=world.size, vocab=self.text.vocab,
+            self.policy, cfg, self.text.eos, cfg.seed + world.rank, vocab=self.text.vocab,
+            optimizer=self.optimizer, generator=generator, processes=world.size,
+            copy=lambda _: twin_of(self.model, cfg, world, self.half),
             steps_per_epoch=max(1, round(len(self.data) / cfg.batch_size)),
             keep_ref=not cfg.shard)              # with shards, all must make the same calls
         copy_parameters(self.state.generator, self.state.ema)
@@ -179,7 +184,7 @@ class Run:
     # -- the two stages
 
     def stage(self, name, done, steps, peak, step, after):
-        """Steps `done` ... `steps` of SFT or SAPO: learning rate, one step, a line in metrics.jsonl, then `after`."""
+        """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), save, perhaps stop."""
         show = self.world.first and sys.stderr.isatty()
         with tqdm(total=steps, initial=done, desc=name, disable=not show, unit="step", leave=False) as bar:
             for number in range(done + 1, steps + 1):
@@ -195,25 +200,25 @@ class Run:
                 self.save_or_stop(name, number, steps)
 
     def count_bad(self, name, number, metrics, bad_rows):
-        """Steps in a row whose gradient was not finite, the same on all processes; Diverged if there are too many."""
+        """Count steps in a row whose gradient was not finite, as all processes do; Diverged if too many."""
         if math.isfinite(metrics["grad_norm"]):
             self.bad_steps = 0
             return
         self.bad_steps += 1
         rows = sorted({row for part in self.world.all(bad_rows) for row in part})[:16]
-        self.log.say(f"{name} step {number}: the gradient is not finite and changed nothing; loss not finite for data "
-                     f"rows {rows}")
+        self.log.say(f"{name} step {number}: the gradient is not finite and changed nothing; loss not finite "
+                     f"for data rows {rows}")
         if self.bad_steps >= self.cfg.max_bad_steps:
-            raise Diverged(f"{self.bad_steps} steps in a row had a gradient that is not finite; what {self.out} holds "
-                           "is from before; look at the rows named above, or lower --lr")
+            raise Diverged(f"{self.bad_steps} steps in a row had a gradient that is not finite; what "
+                           f"{self.out} holds is from before; look at the rows named above, or lower --lr")
 
     def save_or_stop(self, name, number, steps):
         stop, every = self.poll(), self.cfg.save_every
         if not self.bad_steps and (stop or number == steps or every and number % every == 0):
             self.save()
         if stop and self.bad_steps:
-            raise Stopped(f"stopped after {name} step {number}, whose gradient was not finite; go on from the "
-                          f"checkpoint before with: {self.again}")
+            raise Stopped(f"stopped after {name} step {number}, whose gradient was not finite; go on from "
+                          f"the checkpoint before with: {self.again}")
         if stop:
             raise Stopped(f"stopped after {name} step {number} and saved; go on with: {self.again}")
 
@@ -221,18 +226,17 @@ class Run:
         cfg = self.cfg
 
         def step():
-            began = time.monotonic()
-            rows = self.draw(cfg.sft_batch_size // self.world.size)
-            metrics = sft_step(self.policy, self.optimizer, rows, cfg, self.autocast)
+            began, n = time.monotonic(), cfg.sft_batch_size // self.world.size
+            metrics = sft_step(self.policy, self.optimizer, self.draw(n), cfg, self.autocast)
             self.spend("SFT", began)
             return metrics
 
         def after(number, metrics):
-            self.sft_step = number
+            self.sft_step, line = number, f"loss {metrics['loss']:.3f}"
             self.log.write("metrics", {"sft_step": number, **metrics})
             if number % (10 * cfg.show_every) == 0:
-                self.log.say(f"SFT step {number}/{cfg.sft_steps}  loss {metrics['loss']:.3f}")
-            return f"loss {metrics['loss']:.3f}"
+                self.log.say(f"SFT step {number}/{cfg.sft_steps}  {line}")
+            return line
 
         self.stage("SFT", self.sft_step, cfg.sft_steps, cfg.sft_lr, step, after)
 
@@ -247,7 +251,7 @@ class Run:
             self.spent[stage] = self.spent.get(stage, 0.0) + seconds
         for key in metrics.keys() & {"buffer/size", "gen/tokens_per_second"}:    # of all processes together
             metrics[key] *= self.world.size
-        if len(verifiers) == len(self.data):     # is y- really worse? the fresh pairs stand last in the buffer
+        if len(verifiers) == len(self.data):     # is y- really worse? fresh pairs stand last in the buffer
             fresh = [state.buffer.pairs[-i] for i in range(1, self.cfg.batch_size // self.world.size + 1)]
             for side in ("chosen", "rejected"):
                 texts = [self.text.decode(getattr(p, side), True) for p in fresh]
@@ -272,13 +276,8 @@ class Run:
 
     # -- evaluation
 
-    def make_evaluation(self, pairs, gaps):
-        return Evaluation(self.inputs.data[1], pairs, gaps, self.cfg, self.world, self.text, self.autocast,
-                          self.poll_or_stop)
-
     def evaluate(self):
-        """Policy and EMA (before the first step: the starting model, which both are) on the held-out rows, once a
-        step."""
+        """Policy and EMA (at first: the starting model, which both are) on the held-out rows, once a step."""
         state, began = self.state, time.monotonic()
         if self.evaluated == state.step:
             return
@@ -303,7 +302,7 @@ class Run:
         began = time.monotonic()
         number = self.sft_step + (self.state.step if self.state else 0)
         folder = self.out / "checkpoint" / f"step-{number:08d}"
-        if folder != self.saved:                 # a whole checkpoint is never replaced: for a moment there would be none
+        if folder != self.saved:                 # a whole checkpoint is never replaced
             checkpoint.write_checkpoint(folder, self.parts(), self.cfg.keep, self.world)
             self.saved = folder
         self.spend("save", began)
@@ -328,7 +327,8 @@ class Run:
         for name in self.stands_on | saved:
             if saved.get(name) != self.stands_on.get(name):
                 where = getattr(self.cfg, name, None) or self.out / name
-                raise BadInput(f"{where}: not what it was when the checkpoint was written; put the same files back")
+                raise BadInput(f"{where}: not what it was when the checkpoint was written; put the same "
+                               "files back")
         if self.steps < shared.get("step", 0):
             raise BadInput(f"--steps {self.steps}: this run has done {shared['step']} already")
         self.saved = folder
@@ -345,12 +345,13 @@ class Run:
             own = checkpoint.redistribute(owns, self.cfg.batch_size, seed, world)
             self.state.load_state_dict({"shared": shared, "own": own})
             copy_parameters(self.state.generator, self.state.ema)
-            self.evaluation = self.make_evaluation(unpack(own["eval_pairs"]), own["gaps"])
+            self.evaluation = self.evaluation_of(unpack(own["eval_pairs"]), own["gaps"])
         self.log.cut(shared["sizes"])
-        self.log.say(f"resuming from {folder}: {self.sft_step} SFT steps, {shared.get('step', 0)} SAPO steps done")
+        done = shared.get("step", 0)
+        self.log.say(f"resuming from {folder}: {self.sft_step} SFT steps, {done} SAPO steps done")
 
     def poll(self):
-        """True on all processes once one of them has got a signal or time is up. Called equally often by all."""
+        """True on all processes once one has got a signal or time is up. All call it equally often."""
         late = self.cfg.max_minutes and time.monotonic() - self.began > 60 * self.cfg.max_minutes
         return self.world.sum([bool(self.asked or late)])[0] > 0
 
@@ -387,13 +388,13 @@ class Run:
         if first:
             base = self.cfg.model + (f" at {self.inputs.commit}" if self.inputs.commit else "")
             card = model_card(name, base, self.cfg, self.state.step, len(self.inputs.data[1]), self.table)
-            save_pretrained(model, self.out / name, self.inputs.dtype, self.inputs.files | {"README.md": card.encode()}, weights)
+            files = self.inputs.files | {"README.md": card.encode()}
+            save_pretrained(model, self.out / name, self.inputs.dtype, files, weights)
             if self.cfg.lora:
                 save_adapter(model, self.out / f"{name}_adapter", self.inputs.base)
 
 
-# -------------------------------------------------------------------------------------------- the command
-
+# ---------------------------------------------------------------------------- the command
 def say(kind, text, always=False):
     """One line on the error stream, from the first process alone unless `always`."""
     if always or int(os.environ.get("RANK", 0)) == 0:
@@ -421,8 +422,7 @@ def begin(argv, world):
 
 
 def main(argv=None):
-    """Run the command line `argv`; returns the exit code: 0 done or stopped, 1 the disk failed, 2 bad input, 3
-    diverged, 130 interrupted."""
+    """Run a command line: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged, 130 interrupted."""
     world = run = None
     together = True              # all processes end here, and for the same reason
     try:
@@ -441,7 +441,8 @@ def main(argv=None):
         return 3
     except (OSError, SafetensorError) as error:
         together = False
-        kept = f"what was saved before is whole: {run.again}" if run and run.out.exists() else "nothing was written"
+        saved = run and run.out.exists()
+        kept = f"what was saved before is whole: {run.again}" if saved else "nothing was written"
         say("error: ", f"{error}; {kept}", always=True)
         return 1
     except KeyboardInterrupt:
@@ -464,7 +465,7 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         code = 1
-    if "RANK" in os.environ:     # gloo's threads may still hold tensors, and the interpreter's end would abort on them
+    if "RANK" in os.environ:     # gloo's threads may hold tensors still, on which Python's end would abort
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,8 +1,8 @@
 """The run folder: who may have it, what is saved in it, and how a run goes on from there.
 
-A checkpoint is safetensors and JSON, no pickle: checkpoint/step-N/ with a file for each model, for the optimizer, for
-what all processes share and for what each has of its own, and a manifest of sizes and checksums. It is whole or not
-there, and holds one process's view of the models only: rank 0 writes, and gathers shards one tensor at a time.
+A checkpoint is safetensors and JSON, no pickle: checkpoint/step-N/ has a file for each model, for the
+optimizer, for what all processes share and for what each has of its own, and a manifest with checksums. It is
+whole or not there. Rank 0 writes, and gathers shards one tensor at a time.
 """
 
 import contextlib
@@ -23,12 +23,11 @@ from machine.parallel import shard_like
 from model import own_parameters, unshard
 
 
-# -------------------------------------------------------------------------------------------- one part
-
+# ------------------------------------------------------------------------------- one part
 def to_disk(value, name, folder):
-    """Write nested dicts and lists of tensors, arrays and plain values as name.json and name.safetensors in `folder`.
+    """Write nested dicts and lists of tensors, arrays and plain values as name.json and name.safetensors.
 
-    All processes call this, since shards are gathered together; a process whose `folder` is None keeps nothing.
+    All processes call this, since shards are gathered together; one whose `folder` is None keeps nothing.
     """
     tensors = {}
 
@@ -52,8 +51,8 @@ def to_disk(value, name, folder):
 
 
 def from_disk(folder, name, place=None):
-    """What `to_disk` wrote. Tensors are read one at a time; place(keys, tensor), where given, takes each, `keys` being
-    its way through the dicts, and what it returns stands in the tensor's stead."""
+    """What `to_disk` wrote. Tensors are read one at a time; place(keys, tensor), where given, takes each,
+    `keys` being its way through the dicts, and what it returns stands in the tensor's stead."""
     with safe_open(folder / f"{name}.safetensors", "pt") as f:
         def walk(v, keys):
             if isinstance(v, list):
@@ -97,10 +96,9 @@ def load_optimizer(folder, model, optimizer):
     optimizer.load_state_dict(state)
 
 
-# -------------------------------------------------------------------------------------------- a checkpoint
-
+# --------------------------------------------------------------------------- a checkpoint
 def write_checkpoint(folder, parts, keep, world):
-    """checkpoint/step-N from {part: value}; "own" is this process's. Written beside, flushed to disk, then renamed."""
+    """Write checkpoint/step-N from {part: value}, of which "own" is this process's. Whole or not there."""
     own = {f"rank-{rank}": part for rank, part in enumerate(world.all(parts["own"]))}
     parts = {name: value for name, value in parts.items() if name != "own"} | own
     with new_folder(folder) if world.first else contextlib.nullcontext() as temporary:
@@ -120,11 +118,12 @@ def write_checkpoint(folder, parts, keep, world):
 def checksum(path, size=None):
     """SHA-256 of a file, or of its first `size` bytes."""
     with open(path, "rb") as f:
-        return hashlib.sha256(f.read(size)).hexdigest() if size else hashlib.file_digest(f, "sha256").hexdigest()
+        digest = hashlib.sha256(f.read(size)) if size else hashlib.file_digest(f, "sha256")
+        return digest.hexdigest()
 
 
 def newest_checkpoint(out):
-    """The newest sound checkpoint of a run, or None if there is none at all; a torn one is named and passed over."""
+    """The newest sound checkpoint of a run, or None if there is none; a torn one is named and passed over."""
     folders = sorted((out / "checkpoint").glob("step-*"), reverse=True)
     for folder in folders:
         try:
@@ -136,8 +135,8 @@ def newest_checkpoint(out):
         except (OSError, ValueError, AttributeError, TypeError) as error:
             print(f"warning: passing over {folder}: {error}", file=sys.stderr)
     if folders:
-        raise BadInput(f"{out / 'checkpoint'}: none of the checkpoints is whole; put one back, or delete this folder "
-                       "to begin again")
+        raise BadInput(f"{out / 'checkpoint'}: no checkpoint is whole; put one back, or delete the "
+                       "folder to begin again")
 
 
 def find_checkpoint(out, resume, world):
@@ -147,15 +146,14 @@ def find_checkpoint(out, resume, world):
     if found:
         seen = found / "manifest.json"
         if len(set(world.all(seen.read_text("utf-8") if seen.is_file() else None))) > 1:
-            raise BadInput(f"--resume {resume}: not all processes see {found}; on several nodes copy the run folder "
-                           "to each, or share it")
+            raise BadInput(f"--resume {resume}: not all processes see {found}; on several nodes copy the run "
+                           "folder to each, or share it")
     return found
 
 
-# -------------------------------------------------------------------------------------------- the run folder
-
+# ------------------------------------------------------------------------- the run folder
 def lock(out):
-    """Take a run folder for this process, until the file that this returns is closed; BadInput if another has it."""
+    """Take a run folder, until the file that this returns is closed; BadInput if another process has it."""
     with contextlib.suppress(ImportError):               # not on Windows
         import fcntl
         file = open(out / "config.json", "rb")
@@ -163,14 +161,14 @@ def lock(out):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise BadInput(f"{out}: another process is writing this run; wait for it, or stop it first") from None
+            raise BadInput(f"{out}: another process writes this run; wait for it, or stop it first") from None
         except OSError:                                  # a file system without locks
             pass
         return file
 
 
 def may_write(out, overwrite, inputs):
-    """Refuse to write over anything. inputs: {flag: path} of what a run reads, which must not be replaced with it."""
+    """Refuse to write over anything. inputs: {flag: path} of what a run reads, and must not replace."""
     try:
         with contextlib.suppress(FileNotFoundError):
             out.with_name(f".{out.name}.tmp").lstat()    # where the folder begins to be written
@@ -180,13 +178,14 @@ def may_write(out, overwrite, inputs):
         raise BadInput(f"--out {out}: no folder can be made there ({reason}); choose another name") from None
     if not out.is_symlink() and (not out.exists() or out.is_dir() and not any(out.iterdir())):
         return
-    if out.is_symlink() or not out.is_dir() or not {"config.json", "source"} <= {p.name for p in out.iterdir()}:
-        raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with --overwrite; "
-                       "choose another name")
+    if out.is_symlink() or not (out / "config.json").is_file() or not (out / "source").is_dir():
+        raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with "
+                       "--overwrite; choose another name")
     if not overwrite:
-        raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it with "
-                       "--overwrite")
-    if held := lock(out):
+        raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it "
+                       "with --overwrite")
+    held = lock(out)
+    if held:
         held.close()
     for flag, path in inputs.items():
         if path and Path(path).resolve().is_relative_to(out.resolve()):
@@ -194,8 +193,7 @@ def may_write(out, overwrite, inputs):
 
 
 def new_run(out, files, config, run):
-    """A run folder with source/ (companion files and config.json of the model) and config.json (`run`: every setting,
-    resolved, and what it is run with)."""
+    """A run folder with source/ (the model's companion files and config.json) and config.json (`run`)."""
     import importlib.metadata as metadata
     libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in libraries}
@@ -223,7 +221,7 @@ def clear_up(out):
 
 
 def foundations(out, base, fingerprints, world):
-    """{name: checksum} of what a run stands on and never writes. Were one of them another on resume, so were the run.
+    """{name: checksum} of what a run stands on and never writes: other on resume, and so were the run.
 
     base: the model folder of a run with adapters, whose checkpoints do not hold it; else None.
     """
@@ -239,31 +237,30 @@ def foundations(out, base, fingerprints, world):
 
 
 def redistribute(parts, batch_size, seed, world):
-    """One process's own part of a run saved by len(parts) processes, dealt out again if that was another number.
+    """This process's own part of a run saved by len(parts) processes, dealt out again if that number changed.
 
-    Buffer: all pairs, oldest first, one to each process in turn. Ahead: batch by batch, likewise. Evaluation: by row.
-    No pair is lost or doubled. Generators are new then, from `seed`; else they go on bit for bit.
+    Buffer: all pairs, oldest first, one to each process in turn. Ahead: likewise, batch by batch. Evaluation:
+    by row. No pair is lost or doubled. Generators are new then, from `seed`; else they go on bit for bit.
     """
     if len(parts) == world.size:
         return parts[world.rank]
-    mine = slice(world.rank, None, world.size)
+    mine, rng = slice(world.rank, None, world.size), np.random.default_rng(seed)
     pairs = [pair for part in parts for pair in unpack(part["buffer"]["pairs"])]
-    capacity = sum(part["buffer"]["capacity"] for part in parts) // world.size
-    rng = np.random.default_rng(seed)
-    buffer = {"capacity": capacity, "pairs": pack(sorted(pairs, key=lambda p: p.step)[mine]),
-              "rng": rng.bit_generator.state}
+    buffer = {"capacity": sum(part["buffer"]["capacity"] for part in parts) // world.size,
+              "pairs": pack(sorted(pairs, key=lambda p: p.step)[mine]), "rng": rng.bit_generator.state}
 
-    ahead, each = [unpack(part["ahead"]) for part in parts], batch_size // len(parts)
-    kept = []
-    for i in range(0, len(ahead[0]), each):
-        batch = [pair for pairs in ahead for pair in pairs[i:i + each]]
-        kept += batch[mine]
+    waiting, each = [unpack(part["ahead"]) for part in parts], batch_size // len(parts)
+    ahead = []
+    for i in range(0, len(waiting[0]), each):
+        batch = [pair for pairs in waiting for pair in pairs[i:i + each]]
+        ahead += batch[mine]
 
     held = []
     for part in parts:
         pairs = unpack(part["eval_pairs"])
         held += zip(pairs, part["gaps"] or [None] * len(pairs))
     held = sorted(held, key=lambda x: x[0].row)[mine]
-    return {"buffer": buffer, "ahead": pack(kept), "cut_rng": rng.bit_generator.state,
-            "sample_rng": torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62))).get_state(),
-            "eval_pairs": pack([pair for pair, _ in held]), "gaps": [gap for _, gap in held if gap is not None]}
+    sampler = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62)))
+    return {"buffer": buffer, "ahead": pack(ahead), "cut_rng": rng.bit_generator.state,
+            "sample_rng": sampler.get_state(), "eval_pairs": pack([pair for pair, _ in held]),
+            "gaps": [gap for _, gap in held if gap is not None]}

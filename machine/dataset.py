@@ -1,7 +1,6 @@
-"""A row of data on its way into the loss: checked, rendered as chat text, tokenised, truncated; and the order of [1].
+"""A row of data on its way into the loss: checked, rendered as chat text, tokenised, truncated, drawn ([1]).
 
-Holds `Row`, `Text` (tokenizer and chat template), `Data` (rows as token ids) and `Draw`. Leaves out batches, which
-are buffer.py's.
+Holds `Row`, `Text` (tokenizer and chat template), `Data` (rows as token ids) and `Draw`. Leaves out batches.
 """
 
 import datetime
@@ -29,11 +28,10 @@ MAX_LINE = 10_000_000       # bytes of one data line
 MAX_TEXT = 10_000_000       # characters of one rendered conversation
 
 
-# -------------------------------------------------------------------------------------------- rows
-
+# ----------------------------------------------------------------------------------- rows
 class Row:
-    """One data row, checked: the turns before the answer (or a plain prompt), the answer, perhaps a worse one, and a
-    verifier: {"must": [words], "must_not": [words]} for answers."""
+    """One data row, checked: the turns before the answer (or a plain prompt), the answer, perhaps a worse
+    one, and perhaps a verifier of answers, {"must": [words], "must_not": [words]}."""
     __slots__ = ("turns", "chosen", "rejected", "verifier")
 
     def __init__(self, raw, where):
@@ -41,10 +39,12 @@ class Row:
               'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
         conversation = raw.get("messages") if raw.get("chosen") is None else raw["chosen"]
         if isinstance(conversation, list):
-            _need(all(map(_is_message, conversation)), where, "each message needs a role and a content, both text")
+            _need(all(map(_is_message, conversation)), where,
+                  "each message needs a role and a content, both text")
             _need(conversation and conversation[-1]["role"] == "assistant", where,
                   "the last message must be the assistant's")
-            _need(len(conversation) > 1, where, "a conversation needs a message before the assistant's answer")
+            _need(len(conversation) > 1, where,
+                  "a conversation needs a message before the assistant's answer")
             self.turns = [{key: message[key] for key in ("role", "content")} for message in conversation[:-1]]
             self.chosen = conversation[-1]["content"]
         else:
@@ -82,11 +82,11 @@ def _is_verifier(value):
 
 
 def read_rows(path):
-    """The Rows of a .jsonl, .jsonl.gz or .json file; BadInput with file and line for the first that is malformed."""
+    """The Rows of a .jsonl, .jsonl.gz or .json file; BadInput names file and line of a bad one."""
     path = Path(path)
     if path.suffix == ".parquet":
-        raise BadInput(f"{path}: convert parquet first: python -c \"import pandas; pandas.read_parquet('{path.name}')"
-                       f".to_json('{path.stem}.jsonl', orient='records', lines=True)\"")
+        raise BadInput(f"{path}: convert parquet first: python -c \"import pandas; pandas.read_parquet("
+                       f"'{path.name}').to_json('{path.stem}.jsonl', orient='records', lines=True)\"")
     try:
         rows = _rows_of_list(path) if path.suffix == ".json" else _rows_of_lines(path)
     except (OSError, EOFError, ValueError, zlib.error) as error:     # ValueError: a name no file can have
@@ -118,8 +118,7 @@ def _rows_of_lines(path):
     return rows
 
 
-# -------------------------------------------------------------------------------------------- text
-
+# ----------------------------------------------------------------------------------- text
 class Text:
     """Tokenizer and chat template of a checkpoint, from its companion files {name: bytes}.
 
@@ -138,19 +137,20 @@ class Text:
                 self.special[key] = value
         self.vocab = self.tokenizer.get_vocab_size(with_added_tokens=True)
         if self.vocab > config.vocab_size:
-            raise BadInput(f"{folder}: the tokenizer has {self.vocab} tokens, the model only {config.vocab_size}; "
-                           "resizing the vocabulary is not implemented, resize and save the model first")
+            raise BadInput(f"{folder}: the tokenizer has {self.vocab} tokens, the model only "
+                           f"{config.vocab_size}; resizing the vocabulary is not implemented, resize and "
+                           "save the model first")
         self.bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
         added = self.tokenizer.get_added_tokens_decoder().items()
         self.added = {i: token.content for i, token in added if token.special}
         words = [re.escape(word) for word in self.added.values() if len(word) > 1]
-        self.typed = re.compile("|".join(words) or r"(?!)")              # finds special tokens typed in a text
+        self.typed = re.compile("|".join(words) or r"(?!)")        # finds special tokens typed in a text
         source = find_template(files, settings, template_file)
         self.template = compile_template(source) if source else None
         self._find_ends(generation, config, folder)
 
     def _find_ends(self, generation, config, folder):
-        """The end of an answer is a set of ids: those that the files name, and what the template writes after one."""
+        """The ids that end an answer: those that the files name, and what the template writes after one."""
         ends = [self.tokenizer.token_to_id(self.special.get("eos_token", ""))]
         for where in (generation, config.source):
             found = where.get("eos_token_id")
@@ -165,8 +165,8 @@ class Text:
         known = {i for i in [*ends, self.end] if type(i) is int and 0 <= i < self.vocab}
         self.eos = tuple(sorted(known))
         if not self.eos:
-            raise BadInput(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer "
-                           "names one")
+            raise BadInput(f"{folder}: no end token: neither generation_config.json, config.json nor the "
+                           "tokenizer names one")
         if self.end not in self.eos:
             self.end = self.eos[0]
 
@@ -178,19 +178,19 @@ class Text:
         try:
             text = self.template.render(messages=messages, tools=None, documents=None,
                                         add_generation_prompt=add_generation_prompt, **self.special)
-            text.encode()                                # half a surrogate pair is a string, but it is not text
-        except Exception as error:                       # a template can raise anything at all
-            roles = [m["role"][:20] for m in messages][:6]
-            raise BadInput(f"the chat template refuses a conversation of roles {roles}: {type(error).__name__}: "
-                           f"{' '.join(str(error).split())[:160]}") from None
+            text.encode()                # half a surrogate pair is a string, but it is not text
+        except Exception as error:       # a template can raise anything at all
+            roles, reason = [m["role"][:20] for m in messages][:6], " ".join(str(error).split())[:160]
+            raise BadInput(f"the chat template refuses a conversation of roles {roles}: "
+                           f"{type(error).__name__}: {reason}") from None
         if len(text) > MAX_TEXT:
-            raise BadInput(f"the chat template makes {len(text):,} characters of one conversation; at most "
-                           f"{MAX_TEXT:,} are read")
+            raise BadInput(f"the chat template makes {len(text):,} characters of one conversation; "
+                           f"{MAX_TEXT:,} are read at most")
         return text
 
     def encode(self, rows):
-        """[(prompt ids, chosen ids, rejected ids or None)] of Rows, before truncation; each response ends in one end
-        token. A text is tokenised once, with its answer, and split where the prompt alone ends."""
+        """[(prompt ids, chosen ids, rejected ids or None)] of Rows, before truncation; each response ends in
+        one end token. A text is tokenised once, with its answer, and split where the prompt alone ends."""
         texts = [self._texts(row) for row in rows]
         flat = [text for row in texts for text in row]
         ids = iter(e.ids for e in self.tokenizer.encode_batch(flat, add_special_tokens=not self.template))
@@ -214,8 +214,8 @@ class Text:
         if not self.template and plain:
             return [row.turns] + [row.turns + answer for answer in answers]
         if not self.template:
-            raise BadInput("the data are conversations, but the checkpoint has no chat template; give one with "
-                           "--chat-template FILE")
+            raise BadInput("the data are conversations, but the checkpoint has no chat template; give one "
+                           "with --chat-template FILE")
         turns = [{"role": "user", "content": row.turns}] if plain else row.turns
         ends = [self.render(turns + [{"role": "assistant", "content": answer}]) for answer in answers]
         return [self.render(turns, True)] + ends
@@ -244,18 +244,19 @@ def read_tokenizer(files, folder):
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:       # the library raises bare Exception, and where its Rust panics not even that
+    except BaseException as error:       # the library raises bare Exception, its Rust not even that
         raise BadInput(f"{folder}/tokenizer.json: not a tokenizer ({str(error)[:120]})") from None
 
 
 def find_template(files, settings, template_file):
-    """The chat template's source, or "": --chat-template, chat_template.jinja, or the tokenizer's settings."""
+    """The chat template's source, or "": --chat-template's, chat_template.jinja, or the tokenizer's."""
     if template_file:
         try:
             return Path(template_file).read_text("utf-8")
         except (OSError, ValueError) as error:
             raise BadInput(f"--chat-template {template_file}: cannot be read ({error})") from None
-    source = files.get("chat_template.jinja", b"").decode("utf-8", "replace") or settings.get("chat_template") or ""
+    source = files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+    source = source or settings.get("chat_template") or ""
     if isinstance(source, list):         # [{name, template}, ...]: take the default one
         named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         source = named.get("default") or ""
@@ -268,17 +269,21 @@ class Generation(Extension):
 
     def parse(self, parser):
         line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+        held = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(held, lineno=line)
 
 
 def compile_template(source):
-    """A chat template in jinja2's immutable sandbox, with transformers' settings, filters and globals; the date is
-    frozen. The sandbox keeps a template from reaching anything; it does not keep it from taking long."""
+    """A chat template in jinja2's immutable sandbox, with transformers' filters and globals; its date stands.
+
+    The sandbox keeps a template from reaching anything. It does not keep it from taking long.
+    """
     def raise_exception(message):
         raise jinja2.TemplateError(str(message))
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[Generation, loopcontrols])
@@ -288,11 +293,11 @@ def compile_template(source):
     try:
         return environment.from_string(source)
     except Exception as error:           # constants are folded here, so this can raise anything as well
-        raise BadInput(f"the chat template is not valid Jinja: {' '.join(str(error).split())[:160]}") from None
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"the chat template is not valid Jinja: {reason}") from None
 
 
-# -------------------------------------------------------------------------------------------- ids
-
+# ------------------------------------------------------------------------------------ ids
 class Data:
     """Rows as token ids in two integer arrays, truncated; data[i] is an Example. verifiers: {i: verifier}."""
 
@@ -310,18 +315,19 @@ class Data:
         self.ends = np.array(self.stops, np.int64).reshape(-1, 3)
         del self.flat, self.stops
         n = self.counts
-        self.note = (f"{name}: {len(self):,} rows, {len(self.tokens):,} tokens; {n['prompts']} prompts cut on the left, "
-                     f"{n['responses']} responses cut on the right, {n['dropped']} rows dropped as nothing of the "
-                     "response was left")
+        self.note = (f"{name}: {len(self):,} rows, {len(self.tokens):,} tokens; {n['prompts']} prompts cut "
+                     f"on the left, {n['responses']} responses cut on the right, {n['dropped']} rows dropped "
+                     "as nothing of the response was left")
         if n["typed"]:
-            self.note += (f"; warning: {n['typed']} rows have special tokens typed inside their text, and the model "
-                          "reads them as real")
+            self.note += (f"; warning: {n['typed']} rows have special tokens typed inside their text, and "
+                          "the model reads them as real")
         if n["dropped"] > len(rows) / 2:
             raise BadInput(f"{self.note}; raise --max-length or lower --max-prompt-length")
 
     def _add(self, row, prompt, chosen, rejected):
         """Truncate a row: the prompt loses its left end (BOS stays), then the response its right end."""
-        text, cfg, counts = self.text, self.cfg, self.counts
+        text, cfg = self.text, self.cfg
+        counts = self.counts
         words = [row.turns] if isinstance(row.turns, str) else [m["content"] for m in row.turns]
         counts["typed"] += any(map(text.typed.search, [*words, row.chosen]))
         if len(prompt) > cfg.max_prompt_length:
@@ -355,8 +361,8 @@ class Data:
 
 
 def read_data(rows, text, cfg, show):
-    """[train, eval, SFT] as Data, from {setting: Rows}; without rows to evaluate on, every k-th of the training rows is
-    held back, so that both look alike, and without SFT rows the training rows serve."""
+    """[train, eval, SFT] as Data, from {setting: Rows}; without rows to evaluate on, every k-th of the
+    training rows is held back, so that both look alike, and without SFT rows the training rows serve."""
     train = rows["data"]
     held = rows.get("eval_data")
     if held is None:
@@ -377,10 +383,10 @@ def read_data(rows, text, cfg, show):
 
 
 class Draw:
-    """[1]: mini-batches of a Data without end, each epoch in a new order; of each batch a process gets its own part.
+    """[1]: mini-batches of a Data without end, each epoch in a new order; a process gets its part of each.
 
-    Batch b of all processes together is places b * batch_size ... of the endless sequence of epochs, so the position
-    is one number, and no row is left out or seen twice within an epoch, whatever the number of processes.
+    Batch b of all processes together is places b * batch_size ... of the endless sequence of epochs, so the
+    position is one number, and no row is left out or seen twice within an epoch, however many processes.
     """
 
     def __init__(self, data, batch_size, seed, world):
@@ -393,13 +399,11 @@ class Draw:
         mine, rows = self.batch_size // self.world.size, []
         for _ in range(n // mine):
             first = self.batch * self.batch_size + self.world.rank * mine
-            rows += [self._row(place) for place in range(first, first + mine)]
+            for place in range(first, first + mine):
+                epoch, place = divmod(place, len(self.data))
+                rows.append(self.data[self._order(epoch)[place]])
             self.batch += 1
         return rows
-
-    def _row(self, place):
-        epoch, place = divmod(place, len(self.data))
-        return self.data[self._order(epoch)[place]]
 
     @functools.lru_cache(maxsize=2)
     def _order(self, epoch):

@@ -57,9 +57,11 @@ def write_json(path, value):
 
 @contextmanager
 def new_folder(folder):
-    """A temporary folder to write into, named `folder` at the end, once the disk holds it: whole or not there.
+    """A temporary folder to write into, named `folder` at the end, once the disk holds it: whole or not
+    there.
 
-    What had that name is moved aside before, and deleted after. What fails is deleted: a full disk needs room.
+    What had that name is moved aside before, and deleted after. What fails is deleted: a full disk needs
+    room.
     """
     folder = Path(folder)
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")

@@ -1,8 +1,8 @@
-"""Every setting of a run, its range, the presets, and the command line.
+"""Every setting of a run, the presets, and the command line.
 
-A field of `Config` is a flag, with its default, its source and what it may be beside it. What must fit together is
-checked in `checked`, whatever the loss; what depends on the model is resolved in `resolved`. No other place changes
-a setting.
+A field of `Config` is a flag; its default, its source and what it may be stand beside it. `checked` sees to
+what must fit together, whatever the loss, and `resolved` decides what depends on the model. Nothing else
+changes one.
 """
 
 import argparse
@@ -19,26 +19,26 @@ from model import PROJECTIONS
 from sapo import SAPOConfig, setting
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+NAMES = "|".join(PROJECTIONS)
+DEVICES = ("auto", "cpu", "cuda", "mps")
+SCHEDULES = ("linear", "cosine", "inverse_sqrt", "constant")
 
 
 @dataclasses.dataclass
 class Config(SAPOConfig):
     """Every setting of a run: the method's (SAPOConfig) and the machine's. Each is a flag."""
     model: str = setting("", "folder or hub name[@revision] of the checkpoint to train")
-    from_scratch: bool = setting(
-        False, "start from random weights; the folder then needs only config.json and the tokenizer")
+    from_scratch: bool = setting(False, "random weights; --model then needs config.json and tokenizer only")
     data: str = setting("", "rows to train on, JSON lines: prompt and chosen, or messages")
     eval_data: str = setting("", "rows to evaluate on; without it, some of --data are held out")
     sft_data: str = setting("", "rows of supervised fine-tuning (SFT); without it, --data")
     out: str = setting("", "run folder; runs/<preset>-<time> without it")
     overwrite: bool = setting(False, "replace the run folder if it exists")
     chat_template: str = setting("", "a Jinja file to use in place of the checkpoint's chat template")
-    steps: int | None = setting(
-        None, "optimizer steps; 0 only evaluates; without it, --epochs decides", low=0)
+    steps: int | None = setting(None, "optimizer steps; 0: only evaluate; without it, see --epochs", low=0)
     epochs: float = setting(4.0, "passes over the data", "paper", low=1e-9, high=1e6)
     lr: float = setting(5e-7, "peak learning rate", "authors' code", low=0)
-    lr_scheduler: str = setting(
-        "linear", "decay after the warm-up", "authors' code", choices=("linear", "cosine", "inverse_sqrt", "constant"))
+    lr_scheduler: str = setting("linear", "decay after the warm-up", "authors' code", choices=SCHEDULES)
     warmup: str = setting(
         "10%", "steps in which the learning rate rises, or a share of them", "authors' code",
         pattern=r"\d{1,9}|(100|\d{1,2})(\.\d+)?%", form="a number of steps, or a share such as 10%")
@@ -48,7 +48,7 @@ class Config(SAPOConfig):
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / rank", low=1e-6)
     lora_projections: str = setting(
         ",".join(PROJECTIONS), "projections that get an adapter, comma-separated",
-        pattern=f"({'|'.join(PROJECTIONS)})(,({'|'.join(PROJECTIONS)}))*", form=f"some of {','.join(PROJECTIONS)}")
+        pattern=f"({NAMES})(,({NAMES}))*", form=f"some of {','.join(PROJECTIONS)}")
     sft_steps: int = setting(0, "steps of SFT on chosen responses before SAPO", low=0)
     sft_lr: float = setting(2e-5, "peak learning rate of SFT", low=0)
     sft_batch_size: int = setting(64, "rows an SFT step, over all processes", low=1)
@@ -59,16 +59,13 @@ class Config(SAPOConfig):
         None, "tokens of prompt and response; a longer response loses its right end; "
         "without it min(2048, the model's context)", "paper", low=2)
     seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
-    device: str = setting("auto", "cpu, cuda, mps, or auto: cuda where there is one", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = setting("auto", "cpu, cuda, mps, or auto: cuda where there is one", choices=DEVICES)
     dtype: str = setting(
         "auto", "of autocast and of the generator; weights stay float32 (LoRA's frozen base does not); "
         "auto: bfloat16 on cuda", "authors' code", choices=("auto", "float32", "bfloat16"))
-    shard: bool = setting(
-        False, "FSDP2: weights, EMA, reference and optimizer state are sharded among the processes")
-    gradient_checkpointing: bool = setting(
-        False, "recompute each block in the backward pass: less memory, more time")
-    save_every: int = setting(
-        100, "steps between checkpoints; 0: only between the stages and at the end", low=0)
+    shard: bool = setting(False, "FSDP2: weights, EMA, reference and optimizer are sharded over processes")
+    gradient_checkpointing: bool = setting(False, "recompute blocks going backward: less memory, more time")
+    save_every: int = setting(100, "steps between checkpoints; 0: only between stages and at the end", low=0)
     keep: int = setting(2, "checkpoints kept", low=1)
     eval_every: int = setting(0, "steps between evaluations; 0: only before and after", low=0)
     eval_rows: int = setting(200, "rows evaluated on at most", low=1)
@@ -76,8 +73,7 @@ class Config(SAPOConfig):
     samples: int = setting(4, "prompts of the evaluation answered before and after, for reading", low=0)
     show_every: int = setting(10, "steps between lines on the screen and pairs in pairs.jsonl", low=1)
     max_minutes: float = setting(0.0, "save and stop after so long; 0: no limit", low=0)
-    max_bad_steps: int = setting(
-        5, "steps in a row whose gradient is not finite before the run stops with exit code 3", low=1)
+    max_bad_steps: int = setting(5, "steps in a row not finite that end the run with exit code 3", low=1)
 
 
 PRESETS = {
@@ -85,13 +81,14 @@ PRESETS = {
     "paper-orpo": dict(loss="orpo", lr=5e-6, lr_scheduler="inverse_sqrt", warmup="100", optimizer="adamw"),
     "tiny": dict(
         model=str(DATA / "tiny_model"), from_scratch=True, data=str(DATA / "tiny_train.jsonl"),
-        eval_data=str(DATA / "tiny_test.jsonl"), sft_data=str(DATA / "tiny_base.jsonl"), sft_steps=500, sft_lr=4e-3,
-        sft_batch_size=16, steps=120, batch_size=16, micro_batch=16, segment="12", buffer_size=256, lr=1e-4,
-        optimizer="adamw", max_prompt_length=48, max_length=160, eval_tokens=80, eval_every=30, save_every=60),
-}
+        eval_data=str(DATA / "tiny_test.jsonl"), sft_data=str(DATA / "tiny_base.jsonl"), sft_steps=500,
+        sft_lr=4e-3, sft_batch_size=16, steps=120, batch_size=16, micro_batch=16, segment="12", lr=1e-4,
+        buffer_size=256, optimizer="adamw", max_prompt_length=48, max_length=160, eval_tokens=80,
+        eval_every=30, save_every=60)}
 MAY_CHANGE = {      # on --resume, like the number of processes
     "out", "overwrite", "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "max_minutes",
-    "max_bad_steps", "device", "micro_batch", "generate_ahead", "generate_rows", "gradient_checkpointing", "shard"}
+    "max_bad_steps", "device", "shard", "micro_batch", "generate_ahead", "generate_rows",
+    "gradient_checkpointing"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,8 +108,8 @@ def command_line(doc):
     """The parser: --preset, --config, --resume, and a flag for each setting."""
     parser = Parser(prog="train.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
-    parser.add_argument("--preset", choices=sorted(PRESETS),
-                        help="settings to start from; tiny if neither --model nor --data is given, else paper-dpo")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; tiny without "
+                        "--model and --data, else paper-dpo")
     parser.add_argument("--config", help="config.json of an earlier run, to start from its settings")
     parser.add_argument("--resume", help="run folder to go on with")
     for f in dataclasses.fields(Config):
@@ -147,8 +144,9 @@ def parse(argv, doc=None):
     if resume:
         for name, value in flags.items():
             if name not in MAY_CHANGE and value != settings.get(name):
-                raise BadInput(f"{flag_of(name)} {value} contradicts the saved run, which has {settings.get(name)!r}; "
-                               f"on --resume these may change: {', '.join(map(flag_of, sorted(MAY_CHANGE)))}")
+                others = ", ".join(map(flag_of, sorted(MAY_CHANGE)))
+                raise BadInput(f"{flag_of(name)} {value} contradicts the saved run, which has "
+                               f"{settings.get(name)!r}; on --resume these may change: {others}")
         cfg = checked(Config(**settings | flags | {"out": str(resume)}))
         return Command(cfg, saved.get("preset"), Path(resume))
     settings = {k: v for k, v in settings.items() if k not in ("out", "overwrite")}
@@ -161,7 +159,8 @@ def settings_of(saved, path):
     settings = saved.get("settings") if isinstance(saved, dict) else None
     if not isinstance(settings, dict):
         raise BadInput(f"{path}: not the config.json of a run of this program")
-    if unknown := settings.keys() - {f.name for f in dataclasses.fields(Config)}:
+    unknown = settings.keys() - {f.name for f in dataclasses.fields(Config)}
+    if unknown:
         raise BadInput(f"{path}: not the config.json of a run of this version (it has {min(unknown)})")
     return settings
 
@@ -171,22 +170,22 @@ def checked(cfg):
     for f in dataclasses.fields(Config):
         check_setting(f, getattr(cfg, f.name))
     sees = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    refusals = {
-        "--model is missing: a model folder or hub name (python train.py alone runs the tiny world)": not cfg.model,
-        "--data is missing: a file of JSON lines with prompt and chosen, or messages": not cfg.data,
-        f"--buffer-size {cfg.buffer_size} is smaller than one batch of {cfg.batch_size} pairs":
-            cfg.buffer_size < cfg.batch_size,
-        f"--device {cfg.device}: torch sees none here; use --device cpu":
-            cfg.device in sees and not sees[cfg.device](),
-        "--from-scratch with --sft-steps 0: random weights generate noise; give them some SFT":
-            cfg.from_scratch and not cfg.sft_steps,
-        "--lora with --from-scratch: an adapter on random weights learns nothing of use":
-            cfg.from_scratch and cfg.lora,
-        "--lora with --shard is not implemented: adapters are small; use torchrun without --shard":
-            cfg.lora and cfg.shard,
-        "--shard divides the model among processes; start it with torchrun": cfg.shard and "RANK" not in os.environ,
-    }
-    for sentence, broken in refusals.items():
+    for broken, sentence in (
+            (not cfg.model,
+             "--model is missing: a model folder or hub name (python train.py alone runs the tiny world)"),
+            (not cfg.data, "--data is missing: a file of JSON lines with prompt and chosen, or messages"),
+            (cfg.buffer_size < cfg.batch_size,
+             f"--buffer-size {cfg.buffer_size} is smaller than one batch of {cfg.batch_size} pairs"),
+            (cfg.device in sees and not sees[cfg.device](),
+             f"--device {cfg.device}: torch sees none here; use --device cpu"),
+            (cfg.from_scratch and not cfg.sft_steps,
+             "--from-scratch with --sft-steps 0: random weights generate noise; give them some SFT"),
+            (cfg.from_scratch and cfg.lora,
+             "--lora with --from-scratch: an adapter on random weights learns nothing of use"),
+            (cfg.lora and cfg.shard,
+             "--lora with --shard is not implemented: adapters are small; use torchrun without --shard"),
+            (cfg.shard and "RANK" not in os.environ,
+             "--shard divides the model among processes; start it with torchrun")):
         if broken:
             raise BadInput(sentence)
     return cfg
@@ -194,22 +193,24 @@ def checked(cfg):
 
 def check_setting(f, value):
     """Type, choices, range and pattern of one setting; BadInput says what it may be."""
-    flag, meta, kind = flag_of(f.name), f.metadata, kind_of(f)
+    meta, kind = f.metadata, kind_of(f)
     if value is None and f.default is None:
         return
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-        raise BadInput(f"{flag} is {value!r}; it must be of type {kind.__name__}")
-    if value != value:
-        raise BadInput(f"{flag} is {value!r}; choose a number")
-    if value not in meta.get("choices", (value,)):
-        raise BadInput(f"{flag} is {value!r}; choose {' or '.join(meta['choices'])}")
-    if "pattern" in meta and not re.fullmatch(meta["pattern"], value):
-        raise BadInput(f"{flag} is {value!r}; it must be {meta['form']}")
     low, high = meta.get("low", 0), meta.get("high", 10**12)
-    if kind in (int, float) and value < low:
-        raise BadInput(f"{flag} is {value}; it must be at least {low:g}")
-    if kind in (int, float) and value > high:
-        raise BadInput(f"{flag} is {value}; it must be at most {high:g}")
+    wanted, number = "", kind in (int, float)
+    fits = (int, float) if kind is float else kind
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, fits):
+        wanted = f"it must be of type {kind.__name__}"
+    elif value != value:
+        wanted = "choose a number"
+    elif value not in meta.get("choices", (value,)):
+        wanted = f"choose {' or '.join(meta['choices'])}"
+    elif "pattern" in meta and not re.fullmatch(meta["pattern"], value):
+        wanted = f"it must be {meta['form']}"
+    elif number and not low <= value <= high:
+        wanted = f"it must be at least {low:g}" if value < low else f"it must be at most {high:g}"
+    if wanted:
+        raise BadInput(f"{flag_of(f.name)} is {value!r}; {wanted}")
 
 
 def resolved(cfg, context, processes):
@@ -219,8 +220,9 @@ def resolved(cfg, context, processes):
     if length > context:
         raise BadInput(f"--max-length {length} is more than the model's context of {context}")
     if prompt >= length:
-        raise BadInput(f"--max-prompt-length {prompt} leaves no room for a response within --max-length {length}")
+        raise BadInput(f"--max-prompt-length {prompt} leaves no room for a response within {length} tokens")
     for name in ("batch_size", "sft_batch_size"):
-        if getattr(cfg, name) % processes:
-            raise BadInput(f"{flag_of(name)} {getattr(cfg, name)} cannot be shared evenly by {processes} processes")
+        rows = getattr(cfg, name)
+        if rows % processes:
+            raise BadInput(f"{flag_of(name)} {rows} cannot be shared evenly by {processes} processes")
     return dataclasses.replace(cfg, max_length=length, max_prompt_length=prompt)

@@ -7,6 +7,7 @@ tensor by tensor. No pickle, no code from a checkpoint. Leaves out tokenizers, w
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -14,8 +15,7 @@ from machine.files import BadInput, new_folder, read_json, write_json
 from model import LoRA, ModelConfig, Transformer, unshard
 
 
-# -------------------------------------------------------------------------------------------- config.json
-
+# ---------------------------------------------------------------------------- config.json
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
@@ -69,7 +69,7 @@ def config_from_dict(raw):
     if config.head_dim % 2:
         raise BadInput(f"config.json: head_dim {config.head_dim} is odd; rotary positions need an even one")
     if hidden % heads and not raw.get("head_dim"):
-        raise BadInput(f"config.json: {heads} heads do not divide hidden_size {hidden}, and head_dim is missing")
+        raise BadInput(f"config.json: {heads} heads do not divide hidden_size {hidden}, head_dim is missing")
     return config
 
 
@@ -99,7 +99,7 @@ def _window(raw, family):
 
 
 def _rope(raw):
-    """rope_theta and scaling, in transformers' 4th dialect (rope_theta, rope_scaling) or 5th (rope_parameters)."""
+    """rope_theta and scaling, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) has it."""
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(scaling, dict):
         raise BadInput(f"config.json: rope_scaling is {scaling!r}; it must be an object or null")
@@ -134,8 +134,7 @@ def config_to_dict(config, dtype):
     return raw
 
 
-# -------------------------------------------------------------------------------------------- weights in
-
+# ----------------------------------------------------------------------------- weights in
 def weight_files(folder):
     """{tensor name: (file, shape, dtype)} from the safetensors headers of a model folder."""
     folder, found = Path(folder), {}
@@ -196,7 +195,8 @@ def check_weights(folder, config):
         if files[name][1] != shape:
             raise BadInput(f"{folder}: {name} has shape {files[name][1]}, the config asks for {shape}")
         if files[name][2] not in ("F32", "BF16", "F16", "F64"):
-            raise BadInput(f"{folder}: {name} is stored as {files[name][2]}, not as float32, bfloat16 or float16")
+            raise BadInput(f"{folder}: {name} is stored as {files[name][2]}; float32, bfloat16 or float16 is "
+                           "needed")
     if files.keys() - wanted.keys():                     # a tied head that is stored as well
         names = ("lm_head.weight", "model.embed_tokens.weight")
         head, embedding = [safe_open(files[name][0], "pt").get_tensor(name) for name in names]
@@ -263,8 +263,7 @@ def saved_dtype(folder):
     return known.get(max(kinds, key=kinds.count), torch.bfloat16)
 
 
-# -------------------------------------------------------------------------------------------- folders out
-
+# ---------------------------------------------------------------------------- folders out
 SHARD_BYTES = 5 * 10**9
 
 
@@ -280,7 +279,7 @@ def companions(folder):
 
 
 def plain_weights(model):
-    """(name, tensor) of each weight as a plain decoder has it: adapters merged, shards gathered by all processes."""
+    """(name, tensor) of each weight as a plain decoder has it: adapters merged, shards gathered."""
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if not leaf.startswith("lora_"):
@@ -296,26 +295,9 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=Non
     weights: {name: tensor} of plain_weights(model), where they were gathered already.
     """
     weights = dict(weights or plain_weights(model))
-    shards, size = [[]], 0
-    for name, tensor in weights.items():
-        size += tensor.numel() * dtype.itemsize
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = tensor.numel() * dtype.itemsize
-        shards[-1].append(name)
-    weight_map = {}
+    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
     with new_folder(folder) as temporary:
-        for i, names in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            part = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-            save_file(part, temporary / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
-        if len(shards) > 1:
-            total = sum(w.numel() for w in weights.values()) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(temporary / "model.safetensors.index.json", index)
+        save_torch_state_dict(weights, temporary, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
         write_json(temporary / "config.json", config_to_dict(model.config, dtype))
         for name, content in (files or {}).items():
             (temporary / name).write_bytes(content)
@@ -338,15 +320,14 @@ def save_adapter(model, folder, base):
             "target_modules": sorted({name.rpartition(".")[2] for name in adapters})})
 
 
-# -------------------------------------------------------------------------------------------- the hub
-
+# -------------------------------------------------------------------------------- the hub
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json",     # no other: Mistral's come twice
-             "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "LICENSE*"]
+             "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja",
+             "LICENSE*"]
 
 
 def find_model(name, world):
-    """(folder, commit or None) of --model: a local folder, else a hub name[@revision], which each node's
-    first process fetches."""
+    """(folder, commit or None) of --model: a local folder, else a hub name, fetched once a node."""
     if Path(name).is_dir():
         return Path(name), None
     world.together(lambda: world.local == 0 and fetch(name))
@@ -374,7 +355,7 @@ def fetch(name):
 
 
 def refuse_links(folder):
-    """A model folder is partly copied into the run's, so its files must be its own, or blobs of the hub's cache."""
+    """A model folder is partly copied into the run's: its files must be its own, or of the hub's cache."""
     homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for path in folder.iterdir():
         inside = any(path.resolve().is_relative_to(home) for home in homes)

@@ -35,26 +35,24 @@ class Inputs:
     def fingerprints(self):
         return {name: data.fingerprint() for name, data in zip(FILES, self.data)}
 
-    def record(self):
-        """config.json of the run folder."""
-        return {"settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps,
-                "world_size": self.processes, "model_commit": self.commit, "eos_token_ids": list(self.text.eos),
-                "dtype": str(self.dtype).removeprefix("torch."), "data": [data.note for data in self.data]}
-
     def new_run(self):
-        checkpoint.new_run(Path(self.cfg.out), self.files, config_to_dict(self.config, self.dtype), self.record())
+        """The run folder, with what was asked for and what it is made from."""
+        run = {"settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps,
+               "world_size": self.processes, "model_commit": self.commit, "data": [d.note for d in self.data],
+               "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos)}
+        checkpoint.new_run(Path(self.cfg.out), self.files, config_to_dict(self.config, self.dtype), run)
 
 
 def read_inputs(command, world):
     """The Inputs of a command line. What one process refuses, or sees otherwise, all refuse."""
     base = commit = None
-    if not command.resume or command.cfg.lora:   # a checkpoint holds all weights, but of adapters not their base
+    if not command.resume or command.cfg.lora:   # a checkpoint holds all weights, but not an adapter's base
         base, commit = find_model(command.cfg.model, world)
     inputs = world.together(lambda: _read(command, base, commit, world))
     seen = world.all([inputs.fingerprints(), dataclasses.asdict(inputs.cfg)])
     if any(other != seen[0] for other in seen):  # they would take unequal numbers of steps, and wait
-        raise BadInput("not all processes have the same settings and data; start every node with the same command "
-                       "and the same files")
+        raise BadInput("not all processes have the same settings and data; start every node with the same "
+                       "command and the same files")
     return inputs
 
 
@@ -75,6 +73,6 @@ def _read(command, base, commit, world):
     data = read_data(rows, text, cfg, world.first)
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
-        names = ("model", "chat_template", *FILES)
-        checkpoint.may_write(Path(cfg.out), cfg.overwrite, {flag_of(name): getattr(cfg, name) for name in names})
+        read = {flag_of(name): getattr(cfg, name) for name in ("model", "chat_template", *FILES)}
+        checkpoint.may_write(Path(cfg.out), cfg.overwrite, read)
     return Inputs(cfg, command.preset, base, commit, config, files, dtype, text, data, steps, world.size)

@@ -16,15 +16,14 @@ from sapo import copy_parameters
 
 
 class World:
-    """This process among all: rank, size, device. Without torchrun it is alone and every call returns at once."""
+    """This process among all: rank, size, device. Without torchrun it is alone, and calls return at once."""
 
     def __init__(self, device="auto"):
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.first, self.many = self.rank == 0, "RANK" in os.environ
         self.group = None
-        if self.many:            # before flags are read, so that what one refuses (a folder its node lacks), all do
+        if self.many:            # before flags are read, so that what one refuses, all refuse
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
             self.group = dist.new_group(backend="gloo")  # for plain values: works the same beside NCCL
@@ -61,17 +60,16 @@ class World:
         return metrics | {k: v / self.size for k, v in zip(keys, sums)}
 
     def together(self, function):
-        """function() on every process; what one refuses, all refuse, so that none waits for another for ever."""
+        """function() on every process; what one refuses, all refuse, so that none waits for ever."""
         result = refusal = None
         try:
             result = function()
         except BadInput as error:
             refusal = str(error)
         for rank, sentence in enumerate(self.all(refusal)):
-            if sentence and rank:
-                raise BadInput(f"{sentence} (process {rank} of {self.size}: every node must see what is read)")
             if sentence:
-                raise BadInput(sentence)
+                who = f" (process {rank} of {self.size}: every node must see what is read)" if rank else ""
+                raise BadInput(sentence + who)
         return result
 
     def close(self):
@@ -80,11 +78,12 @@ class World:
 
 
 def shard(model, world, half):
-    """FSDP2: each block's parameters are sharded among the processes, in float32; compute in bfloat16 if `half`."""
+    """FSDP2: each block's parameters are sharded, in float32; compute is in bfloat16 if `half`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     precision = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else {}
-    how = dict(mesh=init_device_mesh(world.device.type, (world.size,)), mp_policy=MixedPrecisionPolicy(**precision))
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision))
     for block in model.model.layers:
         fully_shard(block, **how)
     # left to itself, the root stays whole from a forward to the backward pass, which a reference never has
@@ -110,11 +109,12 @@ def load_weights(model, weights):
     return model
 
 
-# -------------------------------------------------------------------------------------------- models of a run
-
+# ------------------------------------------------------------------------ models of a run
 def starting_model(cfg, config, base, world, half, blank_only=False):
-    """The policy before the first step, from the folder `base` or from nothing. blank_only: one to be filled by a
-    checkpoint, which does not hold the frozen base of adapters. half: the dtype of that base, and of compute."""
+    """The policy before the first step, from the folder `base` or from nothing.
+
+    blank_only: one to be filled by a checkpoint. half: the dtype of an adapter's base, and of compute.
+    """
     rng, fresh = torch.Generator().manual_seed(cfg.seed), cfg.from_scratch and not blank_only
     if cfg.lora:
         model = load_pretrained(base, half, world.device)
@@ -147,4 +147,5 @@ def wrap(model, world, cfg):
     if not world.many or cfg.shard:
         return model
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, device_ids=device_ids)
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    return wrapper(model, gradient_as_bucket_view=True, device_ids=device_ids)

@@ -1,4 +1,5 @@
-"""What a run says of itself: measures on held-out rows, the log, the curves, and what is written at the end."""
+"""What a run says of itself: measures on held-out rows, the log, the curves, and what is written at the
+end."""
 
 import contextlib
 import dataclasses
@@ -18,14 +19,12 @@ from machine.flags import flag_of
 from model import generate
 from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split
 
-# -------------------------------------------------------------------------------------------- evaluation
-
-
+# ----------------------------------------------------------------------------- evaluation
 def eval_pairs(data, model, cfg, text, world):
     """This process's share of the held-out rows, as Pairs whose y- stays the same all run long.
 
-    It is the data's own, or else made now by `model`, the starting one, as SAPO makes it. Every size-th row is this
-    process's, so that shares differ by one at most.
+    It is the data's own, or else made now by `model`, the starting one, as SAPO makes it. Every size-th row
+    is this process's, so that shares differ by one at most.
     """
     cut_rng = np.random.default_rng([cfg.seed, 1, world.rank])
     sample_rng = torch.Generator().manual_seed(cfg.seed + world.rank)
@@ -39,36 +38,35 @@ def eval_pairs(data, model, cfg, text, world):
 
 
 def passes(answer, verifier):
-    """True if every word (or phrase) of verifier["must"] stands in the answer and none of verifier["must_not"]; case
-    aside."""
+    """Whether every word (or phrase) of "must" stands in the answer and none of "must_not"; case aside."""
     def has(phrase):
         return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", answer, re.IGNORECASE) is not None
 
     return all(map(has, verifier.get("must", ()))) and not any(map(has, verifier.get("must_not", ())))
 
 
-@dataclasses.dataclass
 class Evaluation:
-    """Held-out rows, and how a model is measured on them by all processes together."""
-    data: object            # Data
-    pairs: list             # this process's, from `eval_pairs`
-    gaps: list              # log p(y+) - log p(y-) of the starting model, in nats; empty until it was measured
-    cfg: object             # Config
-    world: object
-    text: object
-    autocast: object
-    poll: object            # called now and then, equally often by all; raises where the run is to stop
+    """Held-out rows, and how a model is measured on them by all processes together.
 
-    def __post_init__(self):
-        self.share = -(-len(self.data) // self.world.size)       # rows of a process, at most
+    poll() is called now and then, equally often by all, and raises where the run is to stop. pairs: this
+    process's, from `eval_pairs`; gaps: log p(y+) - log p(y-) of the starting model on them, once measured.
+    """
+
+    def __init__(self, inputs, world, autocast, poll, pairs, gaps=()):
+        self.cfg, self.text = inputs.cfg, inputs.text
+        self.data, self.world = inputs.data[1], world
+        self.autocast, self.poll = autocast, poll
+        self.pairs, self.gaps = pairs, list(gaps)
+        self.share = -(-len(self.data) // world.size)    # rows of a process, at most
 
     @torch.no_grad()
     def measure(self, model, full=True):
         """{metric: value} of a model.
 
-        nll: per token of y+. ranking_accuracy: share of rows whose mean log-prob is higher for y+ than for y-; no
-        reference. gap_change: log p(y+) - log p(y-), minus the starting model's. verifier/...: share of answers that
-        pass: greedy, and with `full` also at the run's own sampling settings and at temperature 1.
+        nll: per token of y+. ranking_accuracy: share of rows whose mean log-prob is higher for y+ than for
+        y-; no reference. gap_change: log p(y+) - log p(y-), minus the starting model's. verifier/...: share
+        of answers that pass: greedy, and with `full` also at the run's own sampling settings and at
+        temperature 1.
         """
         model.eval()
         table = self.log_probs(model)
@@ -111,14 +109,15 @@ class Evaluation:
         return self.world.sum([sum(good)])[0] / len(verifiers)
 
     def answers(self, model, pairs, temperature=0, top_k=0, top_p=1.0):
-        """Each prompt's answer, in ids, from a generator of its own: evaluating changes nothing in the run."""
+        """Each prompt's answer, in ids. The draws are its own: evaluating changes nothing in the run."""
         rng, cfg = torch.Generator().manual_seed(self.cfg.seed + self.world.rank), self.cfg
         answers = []
         for i in range(0, max(len(pairs), self.share), cfg.generate_rows):       # as often on every process
             self.poll()
             prompts = [p.prompt for p in pairs[i:i + cfg.generate_rows]]
             room = [max(1, min(cfg.eval_tokens, cfg.max_length - len(prompt))) for prompt in prompts]
-            answers += generate(model, prompts, room, self.text.eos, temperature, top_k, top_p, rng, self.text.vocab)
+            answers += generate(model, prompts, room, self.text.eos, temperature, top_k, top_p, rng,
+                                self.text.vocab)
         return answers
 
     def samples(self, model):
@@ -130,10 +129,9 @@ class Evaluation:
         return [self.data[i] for i in range(min(self.cfg.samples, len(self.data)))]
 
 
-# -------------------------------------------------------------------------------------------- log
-
+# ------------------------------------------------------------------------------------ log
 class Log:
-    """metrics.jsonl, pairs.jsonl and the screen; only rank 0 writes. `sizes` and `cut` make a resumed log seamless."""
+    """metrics.jsonl, pairs.jsonl and the screen, by rank 0; `sizes` and `cut` keep a resumed log seamless."""
 
     def __init__(self, folder, first):
         self.first, self.files = first, {}
@@ -160,21 +158,21 @@ class Log:
         """Take back what was written after a checkpoint: no line twice, none missing."""
         for name, f in self.files.items():
             if os.path.getsize(f.name) < sizes[name]:
-                self.say(f"warning: {f.name} is shorter than it was; lines are lost, and the run goes on without them")
+                self.say(f"warning: {f.name} is shorter than it was; its lost lines stay lost")
             else:
                 f.truncate(sizes[name])
 
 
 def pair_text(pair, text):
-    """A triple as text, in its parts, and in ids. Each part is what it adds to the text before it: Llama's tokenizers
-    strip a first space."""
+    """A triple as text and ids. A part is what it adds: Llama's tokenizers strip a text's first space."""
     def part(ids, start=0, stop=None):
         return text.decode(ids[:stop])[len(text.decode(ids[:start])):]
 
-    kept = pair.keeps_C or pair.stop == len(pair.chosen)
-    return {"step": pair.step, "row": pair.row, "prompt": part(pair.prompt), "A": part(pair.chosen, 0, pair.start),
-            "B": part(pair.chosen, pair.start, pair.stop), "B'": part(pair.rejected, pair.start, pair.rejected_stop),
-            "C": part(pair.chosen, pair.stop), "C kept": kept, "ids": [pair.prompt, pair.chosen, pair.rejected],
+    return {"step": pair.step, "row": pair.row, "prompt": part(pair.prompt),
+            "A": part(pair.chosen, 0, pair.start), "B": part(pair.chosen, pair.start, pair.stop),
+            "B'": part(pair.rejected, pair.start, pair.rejected_stop), "C": part(pair.chosen, pair.stop),
+            "C kept": pair.keeps_C or pair.stop == len(pair.chosen),
+            "ids": [pair.prompt, pair.chosen, pair.rejected],
             "cuts": [pair.start, pair.stop, pair.rejected_stop]}
 
 
@@ -191,8 +189,7 @@ def show_pair(parts):
     return f"    y+  {A} [{B}] {C}\n    y-  {A} [{new}] {C if parts['C kept'] else ''}"
 
 
-# -------------------------------------------------------------------------------------------- curves
-
+# --------------------------------------------------------------------------------- curves
 PANELS = {      # title: keys of metrics.jsonl
     "loss": ["loss"], "reward margin (nats)": ["rewards/margins"],
     "log-probs of the drawn pairs (nats)": ["logps/chosen", "logps/rejected"],
@@ -200,7 +197,8 @@ PANELS = {      # title: keys of metrics.jsonl
     "share of y+ and y- that the verifier passes": ["pairs/chosen_verified", "pairs/rejected_verified"],
     "where y- loses (nats)": ["pairs/segment_gap", "pairs/seam_gap"],
     "staleness of a drawn pair (steps)": ["buffer/staleness"],
-    "held-out rows": ["eval/policy/ranking_accuracy", "eval/policy/verifier/greedy", "eval/ema/verifier/greedy"],
+    "held-out rows": [
+        "eval/policy/ranking_accuracy", "eval/policy/verifier/greedy", "eval/ema/verifier/greedy"],
 }
 
 
@@ -251,8 +249,7 @@ def draw_curves(folder):
     plt.close(figure)
 
 
-# -------------------------------------------------------------------------------------------- the end
-
+# -------------------------------------------------------------------------------- the end
 def print_table(table):
     """{model: {metric: value}} as aligned text."""
     columns = list(next(iter(table.values())))
@@ -272,7 +269,8 @@ def print_profile(seconds, stages, device):
     else:
         with contextlib.suppress(ImportError):           # not on Windows
             import resource
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             print(f"peak memory {peak / 2**30:.2f} GB")
 
 
@@ -300,7 +298,7 @@ def print_sample(path):
 
 def model_card(name, base, cfg, steps, rows, table):
     """README.md of a written model: what it is, from what, and what was measured."""
-    what = "The trained policy" if name == "model" else "The moving average that generated the rejected responses"
+    what = "The trained policy" if name == "model" else "The moving average, which generated y-,"
     heads = list(next(iter(table.values())))
     lines = []
     for model, row in table.items():
@@ -309,8 +307,8 @@ def model_card(name, base, cfg, steps, rows, table):
     settings = [f"    {flag_of(k)} {getattr(cfg, k)}" for k in shown]
     return "\n".join([
         f"# {what} of a SAPO run\n",
-        f"Fine-tuned from `{base}` on `{cfg.data}` by Self-Augmented Preference Optimization (arXiv 2405.20830), "
-        f"loss {cfg.loss}, {steps} steps.\n",
+        f"Fine-tuned from `{base}` on `{cfg.data}` by Self-Augmented Preference Optimization (arXiv "
+        f"2405.20830), loss {cfg.loss}, {steps} steps.\n",
         f"On {rows} held-out rows:\n",
         f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}", *lines,
         "\nSettings:\n", *settings, ""])
