@@ -336,7 +336,7 @@ class KVCache:
     """Keys and values of all layers, (layers, B, K, W, E). Slot w holds the text's token w."""
 
     def __init__(self, config, batch, width, dtype, device):
-        if device.type != "cpu":           # there, a few sizes are better than many
+        if torch.device(device).type != "cpu":     # there, a few sizes are better than many
             width = -(-width // 64) * 64
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, heads, width, config.head_dim)

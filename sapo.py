@@ -2,7 +2,7 @@
 
     [1] draw a mini-batch of (x, y+) from D          [6] draw a mini-batch from the buffer
     [2] cut y+ at a random place into A + B + C      [7] loss <- DPO or ORPO on (x, y+, y-)
-    [3] the EMA model writes B' after (x, A)         [8] theta <- theta - lr * gradient
+    [3] the EMA model generates B' after (x, A)      [8] theta <- theta - lr * gradient
     [4] y- <- A + B' + C                             [9] every k steps, theta_ema <-
     [5] append (x, y+, y-), the oldest leaves            alpha theta_ema + (1 - alpha) theta
 
@@ -282,6 +282,9 @@ def mean(values):
 class Clock:
     """Seconds by stage since `start`: a lap ends one stage and begins the next."""
 
+    def __init__(self):
+        self.start()
+
     def start(self):
         self.seconds, self.last = {}, self.now()
 
@@ -313,9 +316,9 @@ class SAPOConfig:
                         choices=("dpo", "orpo", "slic"))
     beta: float = setting(0.1, "DPO: pull to the reference", "authors' code", low=1e-12)
     lam: float = setting(0.05, "weight of ORPO's odds-ratio term, of SLiC's NLL", "authors' code")
-    delta: float = setting(1.0, "SLiC: margin, in nats, beyond which a pair costs nothing", "SLiC-HF")
+    delta: float = setting(1.0, "SLiC: margin, in nats, from which a pair is free", "SLiC-HF")
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
-    micro_batch: int = setting(8, "pairs in a forward pass, per process; changes memory alone", low=1)
+    micro_batch: int = setting(8, "pairs in a forward pass, a process; changes memory alone", low=1)
     segment: str = setting("256", "length of B: tokens, or a share of the response (50%)", "paper",
                            pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%",
                            form="a number of tokens, or a share such as 50%")

@@ -10,7 +10,6 @@ Leaves out the method, which is sapo.py's, and what a real run needs around it, 
 """
 
 import dataclasses
-import functools
 import math
 import os
 import shlex
@@ -19,6 +18,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +106,8 @@ class Run:
         self.evaluated, self.spent = None, {}                    # at which step; {stage: seconds}
         half = self.cfg.dtype == "bfloat16" or self.cfg.dtype == "auto" and world.device.type == "cuda"
         self.half = torch.bfloat16 if half else torch.float32
-        self.autocast = nullcontext
-        if half:
-            self.autocast = functools.partial(torch.autocast, world.device.type, torch.bfloat16)
-        self.evaluation_of = functools.partial(
-            Evaluation, self.inputs, world, self.autocast, self.poll_or_stop)
+        self.autocast = partial(torch.autocast, world.device.type, torch.bfloat16) if half else nullcontext
+        self.evaluation_of = partial(Evaluation, self.inputs, world, self.autocast, self.poll_or_stop)
 
     # -- the story
 
@@ -153,11 +150,11 @@ class Run:
         checkpoint.clear_up(self.out)
 
     def introduce(self):
-        sizes = [p.numel() for p in self.model.parameters()]
-        trained = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        self.log.say(f"{sum(sizes):,} parameters, {sum(trained):,} of them trained, {self.world.size} "
-                     f"process(es) on {self.world.device.type}, {self.cfg.sft_steps} SFT steps, {self.steps} "
-                     f"SAPO steps of {self.cfg.batch_size} pairs")
+        size = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.log.say(f"{size:,} parameters, {trained:,} of them trained, {self.world.size} process(es) on "
+                     f"{self.world.device.type}, {self.cfg.sft_steps} SFT steps, {self.steps} SAPO steps of "
+                     f"{self.cfg.batch_size} pairs")
 
     def begin_sft(self):
         self.policy = wrap(self.model, self.world, self.cfg)
@@ -216,11 +213,11 @@ class Run:
         stop, every = self.poll(), self.cfg.save_every
         if not self.bad_steps and (stop or number == steps or every and number % every == 0):
             self.save()
-        if stop and self.bad_steps:
-            raise Stopped(f"stopped after {name} step {number}, whose gradient was not finite; go on from "
-                          f"the checkpoint before with: {self.again}")
         if stop:
-            raise Stopped(f"stopped after {name} step {number} and saved; go on with: {self.again}")
+            how = " and saved; go on"
+            if self.bad_steps:
+                how = ", whose gradient was not finite; go on from the checkpoint before"
+            raise Stopped(f"stopped after {name} step {number}{how} with: {self.again}")
 
     def sft(self):
         cfg = self.cfg

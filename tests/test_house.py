@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ROOMS = {       # file: (floor, lines at most, columns at most); a file imports from lower floors, or from above on its own
-    "losses.py": (1, 220, 100), "model.py": (1, 470, 100), "buffer.py": (2, 230, 100), "sapo.py": (3, 430, 100),
-    "machine/files.py": (4, 100, 110), "machine/folders.py": (4, 390, 110), "machine/parallel.py": (4, 160, 110),
+ROOMS = {       # file: (floor, lines at most, columns at most); imports go to lower floors, or to earlier files of one's own
+    "losses.py": (1, 220, 100), "model.py": (1, 480, 100), "buffer.py": (2, 235, 100), "sapo.py": (3, 425, 100),
+    "machine/files.py": (4, 100, 110), "machine/folders.py": (4, 370, 110), "machine/parallel.py": (4, 155, 110),
     "machine/flags.py": (4, 240, 110), "machine/dataset.py": (4, 410, 110), "machine/report.py": (5, 340, 110),
-    "machine/checkpoint.py": (6, 320, 110), "machine/inputs.py": (6, 90, 110), "train.py": (7, 430, 110)}
+    "machine/checkpoint.py": (6, 320, 110), "machine/inputs.py": (6, 80, 110), "train.py": (7, 470, 110)}
 ALTOGETHER = 3700
 METHOD = ("losses.py", "model.py", "buffer.py", "sapo.py")
 NOT_FOR_THE_METHOD = {"machine", "train", "argparse", "tokenizers", "jinja2", "tqdm", "os", "shutil", "huggingface_hub",
