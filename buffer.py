@@ -54,7 +54,8 @@ class ReplayBuffer:
 
     def __init__(self, capacity, seed=0, replay="uniform"):
         if capacity < 1 or replay not in ("uniform", "inverse-count"):
-            raise ValueError(f"capacity {capacity}, replay {replay!r}: there is no such buffer")
+            raise ValueError(f"capacity {capacity}, replay {replay!r}: choose at least 1 pair, and "
+                             "uniform or inverse-count")
         self.pairs = deque(maxlen=capacity)
         self.replay, self.rng = replay, np.random.default_rng(seed)
 

@@ -180,6 +180,8 @@ def preference_loss(policy, batch, cfg, reference=None):
     0 where y- has no C. pairs/segment_gap: the rest of log p(y+) - log p(y-), which is B against
     B' (or B and C against a B' that ended the answer).
     """
+    if cfg.loss not in LOSSES:
+        raise ValueError(f"loss is {cfg.loss!r}; choose {', '.join(LOSSES)}")
     logps = batch_logps(policy, batch)                                     # (R, T)
     chosen, rejected = by_side(logps * batch.scored, batch)                # (n,), (n,)
     gap = chosen - rejected

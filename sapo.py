@@ -268,7 +268,7 @@ def pair_metrics(state, fresh, pairs):
                "buffer/staleness": mean([state.step - 1 - p.step for p in pairs]),
                "buffer/uses": mean([p.uses for p in pairs]),
                "time/generate": generating,
-               "time/train": sum(times.values()) - generating}
+               "time/train": sum(times.values()) - generating - times["data"]}
     if generating:
         tokens = sum(p.rejected_stop - p.start for p in [*fresh, *state.ahead])
         metrics["gen/tokens_per_second"] = tokens / generating

@@ -258,8 +258,8 @@ def find_template(files, settings, template_file):
     source = files.get("chat_template.jinja", b"").decode("utf-8", "replace")
     source = source or settings.get("chat_template") or ""
     if isinstance(source, list):         # [{name, template}, ...]: take the default one
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default") or ""
+        named = [t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0] if named else ""
     return source
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 torch.set_num_threads(1)                                # the models are so small that a second thread only waits
 
 NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6,
@@ -92,6 +92,14 @@ def random_texts(lengths, vocab=NUMBERS["vocab_size"], seed=0):
     """Lists of random ids, one of each length; id 0 is left out, which is what padding looks like."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def make_pairs(state, examples, cfg):
+    """[2] [3] [4] of sapo_step alone: the Pairs of these Examples, by the state's generator, cuts and random numbers."""
+    import sapo
+    cuts = [sapo.split(e.chosen, cfg.segment, state.eos, state.cut_rng) for e in examples]
+    segments = sapo.generate_segments(state.generator, examples, cuts, cfg, state.eos, state.sample_rng, state.vocab)
+    return [sapo.splice(e, cut, new, state.eos) for e, cut, new in zip(examples, cuts, segments)]
 
 
 def fits(counts, expected):

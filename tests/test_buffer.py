@@ -1,4 +1,4 @@
-"""The replay buffer: who leaves, who is drawn how often, and that a saved buffer goes on as if nothing had happened."""
+"""A pair's life: who leaves the replay buffer, who is drawn how often, that a saved buffer goes on as if nothing had happened, and what row a pair becomes."""
 
 import io
 import json
@@ -8,9 +8,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
-from buffer import Pair, ReplayBuffer, pack, unpack
+from buffer import Pair, ReplayBuffer, collate, pack, unpack
 from conftest import fits
+from losses import IGNORE
 
 
 def some_pairs(n, seed=0):
@@ -88,7 +90,7 @@ def test_a_refused_draw_counts_no_use():
 
 
 def test_draws_are_uniform_over_the_buffer():
-    """Whatever a pair's age and uses."""
+    """Whatever a pair's staleness and uses."""
     buffer, counts = filled(12, seed=5), Counter()
     for _ in range(3000):
         for i, pair in enumerate(buffer.pairs):
@@ -215,3 +217,124 @@ def test_an_empty_buffer_survives_saving():
     buffer = filled(3)
     buffer.load_state_dict(through_files(ReplayBuffer(4).state_dict()))
     assert len(buffer) == 0 and buffer.pairs.maxlen == 4
+
+
+# ---------------------------------------------------------------- a batch
+
+END = 2
+
+
+def any_pair(rng, sides):
+    """A pair of SAPO's or of the data's own, of so few different tokens that texts often agree by chance; its kinds, by name."""
+    def ids(least, most):
+        return [rng.randint(3, 5) for _ in range(rng.randint(least, most))]
+
+    prompt, A, B, C = ids(1, rng.choice([1, 4])), ids(0, 3), ids(1, 4), ids(0, 3) + [END] * rng.randint(0, 1)
+    if sides == 1 and rng.random() < 0.5:
+        return Pair(prompt, A + B + C, []), {"no y-"}
+    if rng.random() < 0.2:
+        return Pair(prompt, A + B + C, ids(1, 7)), {"of the data"}
+    new = list(B) if rng.random() < 0.2 else ids(len(B), len(B))
+    ended = rng.random() < 0.3
+    if ended:
+        new = new[:rng.randrange(len(B))] + [END]
+    pair = Pair(prompt, A + B + C, A + new + ([] if ended else C), len(A), len(A + B), len(A + new))
+    kinds = {"empty A": not A, "empty C": not C, "ended": ended, "identical": new == B,
+             "begins like B": new != B and new[0] == B[0], "prompt of one token": len(prompt) == 1}
+    return pair, {name for name, true in kinds.items() if true}
+
+
+def token_by_token(pairs, share, score_on, common, nll_on, sides):
+    """What `collate` promises, one token after the other: rows of cells (id, position, label, scored, seam); (n, 3) lengths; P.
+
+    Each text is read but for its last token, and a cell says what is to be made of the token after.
+    """
+    texts, lengths = [], []
+    for p in pairs:
+        chosen, rejected = p.prompt + p.chosen, p.prompt + p.rejected
+        prefix = -1                                      # as long as what follows it begins alike, and two tokens follow
+        while prefix + 3 <= min(len(chosen), len(rejected)) and chosen[prefix + 1] == rejected[prefix + 1]:
+            prefix += 1
+        counts, rows = [], []
+        for text, stop in ((chosen, p.stop), (rejected, p.rejected_stop)):
+            row, preference, nll = [], 0, 0
+            for place in range(1, len(text)):
+                in_response = place - len(p.prompt)      # 0 is its first token
+                scored = in_response >= 0
+                if score_on == "segment" and not p.start <= in_response < stop:
+                    scored = False
+                if not common and place <= prefix:
+                    scored = False
+                asked = {None: False, "response": in_response >= 0, "prompt+response": True}[nll_on]
+                labelled = scored or asked and text is chosen
+                both_have_C = p.rejected_stop > 0 and p.rejected[p.rejected_stop:] != []
+                seam = scored and both_have_C and in_response >= stop
+                row.append((text[place - 1], place - 1, text[place] if labelled else IGNORE, scored, seam))
+                preference, nll = preference + scored, nll + labelled
+            rows.append(row)
+            counts.append((preference, nll))
+        texts.append((prefix, *rows))
+        lengths.append([counts[0][0], counts[1][0], counts[0][1]])
+    if not share:
+        rows = [chosen for _, chosen, _ in texts] + [rejected for _, _, rejected in texts if sides == 2]
+        width = max(map(len, rows))
+        return [row + [(0, column, IGNORE, False, False) for column in range(len(row), width)] for row in rows], lengths, 0
+    P = max(1, max(prefix for prefix, _, _ in texts))
+    S = max(len(row) - prefix for prefix, *rows in texts for row in rows)
+    laid_out = []
+    for prefix, chosen, rejected in texts:
+        row = chosen[:prefix] + [(0, column, IGNORE, False, False) for column in range(prefix, P)]
+        for text in (chosen, rejected):
+            row += text[prefix:] + [(0, place, IGNORE, False, False) for place in range(len(text), prefix + S)]
+        laid_out.append(row)
+    return laid_out, lengths, P
+
+
+def any_batch(rng, share):
+    """(pairs, options of collate, kinds of its pairs)"""
+    options = dict(share=share, score_on=rng.choice(["response", "segment"]), common=rng.random() < 0.5,
+                   nll_on=rng.choice([None, "response", "prompt+response"]), sides=1 if not share and rng.random() < 0.5 else 2)
+    pairs, kinds = zip(*(any_pair(rng, options["sides"]) for _ in range(rng.choice([1, 1, 2, 3, 5]))))
+    return list(pairs), options, kinds
+
+
+TENSORS = {"ids": torch.int64, "positions": torch.int64, "labels": torch.int64, "scored": torch.bool, "seam": torch.bool, "lengths": torch.int64}
+
+
+def test_a_batch_is_what_an_oracle_lays_out_token_by_token():
+    rng, seen = random.Random(11), Counter()
+    for number in range(1000):
+        pairs, options, kinds = any_batch(rng, share=number % 2 == 0)
+        batch = collate(pairs, **options)
+        rows, lengths, prefix = token_by_token(pairs, **options)
+        said = f"batch {number}: {options} of {pairs}"
+        for i, name in enumerate(("ids", "positions", "labels", "scored", "seam")):
+            assert getattr(batch, name).tolist() == [[cell[i] for cell in row] for row in rows], f"{name} of {said}"
+        assert (batch.lengths.tolist(), batch.prefix) == (lengths, prefix), said
+        assert {name: getattr(batch, name).dtype for name in TENSORS} == TENSORS
+        seen.update(name for names in kinds for name in names)
+        seen.update(f"{name}: {value}" for name, value in options.items())
+        seen["C in both"] += bool(batch.seam.any())
+        seen["nothing is scored"] += not batch.scored.any()
+        seen["a column of padding for a prefix"] += bool(prefix == 1 and (batch.positions[:, 1] == 0).all())
+    assert len(seen) == 22 and min(seen.values()) > 20, f"each option and each kind of pair often enough: {seen}"
+
+
+def test_some_rows_of_a_batch_are_the_batch_of_those_pairs():
+    """Without the padding of those left out, and in any order."""
+    rng, narrower = random.Random(12), 0
+    for _ in range(300):
+        pairs, options, _ = any_batch(rng, share=True)
+        rows = rng.sample(range(len(pairs)), rng.randint(1, len(pairs)))
+        whole = collate(pairs, **options)
+        some, alone = whole.some(rows), collate([pairs[i] for i in rows], **options)
+        assert some.prefix == alone.prefix and all(torch.equal(getattr(some, name), getattr(alone, name)) for name in TENSORS)
+        again = some.some(range(len(rows)))
+        assert all(torch.equal(getattr(again, name), getattr(alone, name)) for name in TENSORS), "which has rows of its own"
+        narrower += some.ids.shape[1] < whole.ids.shape[1]
+    assert narrower > 50
+
+
+@pytest.mark.parametrize("rejected_stop, keeps", [(0, False), (1, True), (3, True), (4, False)])
+def test_y_minus_keeps_C_where_it_goes_on_after_what_was_generated(rejected_stop, keeps):
+    assert Pair([7], [3, 4, 5, 6], [3, 9, 5, 6], 0, 2, rejected_stop).keeps_C == keeps

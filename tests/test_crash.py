@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,6 +33,7 @@ from test_run import (  # noqa: F401
     checkpoints,
     copy,
     differences,
+    everything,
     lines,
     make_world,
     metrics,
@@ -44,13 +46,12 @@ from test_run import (  # noqa: F401
     world,
 )
 
-import model
+import sapo
 import train
 from buffer import unpack
-from losses import preference_loss, token_scores
+from machine import checkpoint, folders
 from machine.checkpoint import from_disk, newest_checkpoint, write_checkpoint
 from machine.parallel import World
-from sapo import sapo_step
 
 SIGKILL = getattr(signal, "SIGKILL", None)
 
@@ -92,7 +93,7 @@ def at_write(number, where, action, note=None):
         action = act
         original(tensors, path, *more, **named)
 
-    for module in (train, model):
+    for module in (checkpoint, folders, safetensors.torch):     # the last is what huggingface_hub takes
         module.save_file = functools.partial(save, module.save_file)
     sys.addaudithook(audit)
     train.draw_curves = lambda folder: None
@@ -223,10 +224,10 @@ def test_pruning_never_takes_the_checkpoint_just_written(tmp_path):
     """A later one lies there torn, after a resume from before it: it does not count among those kept."""
     alone = World("cpu")
     for n in (2, 4, 6):
-        write_checkpoint(tmp_path / f"checkpoint/step-{n:08d}", [("shared", {"n": n}), ("rank-0", {})], 9, alone)
+        write_checkpoint(tmp_path / f"checkpoint/step-{n:08d}", {"shared": {"n": n}, "own": {}}, 9, alone)
     (checkpoints(tmp_path)[-1] / "shared.json").write_text("torn")
     assert newest_checkpoint(tmp_path).name == "step-00000004"
-    write_checkpoint(tmp_path / "checkpoint/step-00000005", [("shared", {"n": 5}), ("rank-0", {})], 1, alone)
+    write_checkpoint(tmp_path / "checkpoint/step-00000005", {"shared": {"n": 5}, "own": {}}, 1, alone)
     assert newest_checkpoint(tmp_path).name == "step-00000005"
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005", "step-00000006"]
 
@@ -237,7 +238,7 @@ def count_steps(name, number, signum, note):
     """A hook: the signal at a call, and in `note` a mark for each step that begins after it."""
     sent = []
     at_call(name, number, lambda: (sent.append(1), send(signum)))
-    for step in ("warm_up_step", "sapo_step"):
+    for step in ("sft_step", "sapo_step"):
         def marked(*arguments, original=getattr(train, step)):
             if sent:
                 with open(note, "a") as f:
@@ -246,8 +247,8 @@ def count_steps(name, number, signum, note):
         setattr(train, step, marked)
 
 
-STAGES = {"SFT": ("warm_up_step", 1, 3), "generation": ("sapo.generate", 2, 4), "training": ("sapo.preference_loss", 2, 9),
-          "evaluation": ("score", 2, 8), "saving": ("to_disk", 5, 29)}
+STAGES = {"SFT": ("sft_step", 1, 3), "generation": ("sapo.generate", 2, 4), "training": ("sapo.preference_loss", 2, 9),
+          "evaluation": ("machine.report.score", 2, 8), "saving": ("machine.checkpoint.to_disk", 5, 29)}
 SIGNALS = [(stage, name, number, signum) for signum in (signal.SIGTERM, signal.SIGINT) for i in (0, 1) for stage, (name, *numbers) in STAGES.items()
            for number in numbers[i:i + 1]]
 
@@ -273,7 +274,7 @@ def twice():
     send(signal.SIGINT)
 
 
-@pytest.mark.parametrize("name, number", [("sapo_step", 4), ("to_disk", 20)], ids=["training", "saving"])
+@pytest.mark.parametrize("name, number", [("sapo_step", 4), ("machine.checkpoint.to_disk", 20)], ids=["training", "saving"])
 def test_a_second_interrupt_stops_at_once_and_leaves_the_last_checkpoint(world, whole, tmp_path, name, number):
     out = tmp_path / "run"
     assert "stopped at once; the last checkpoint stands" in run(out, *world, hook=functools.partial(at_call, name, number, twice), code=130)
@@ -329,29 +330,20 @@ def test_where_no_checkpoint_is_whole_the_run_stops_and_touches_nothing(copy):
     for folder in checkpoints(copy):
         flip(folder / "policy.safetensors", 8 * 99)
     before = tree(copy)
-    assert "none of the checkpoints is whole" in resume(copy, code=2)
+    assert "no checkpoint is whole" in resume(copy, code=2)
     assert tree(copy) == before
 
 
-BESIDE = ["config.json", "metrics.jsonl", "pairs.jsonl", "source/config.json", "source/tokenizer.json", "source/tokenizer_config.json", "source/generation_config.json",
-          "source/chat_template.jinja"]
+BESIDE = ["config.json", "source/config.json", "source/tokenizer.json", "source/tokenizer_config.json", "source/generation_config.json", "source/chat_template.jinja"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("config.json", "metrics.jsonl", "source/config.json") else pytest.mark.slow) for n in BESIDE])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("config.json", "source/config.json") else pytest.mark.slow) for n in BESIDE])
 def test_damage_beside_the_checkpoints_stops_the_run_in_one_line(copy, name):
     path, content = copy / name, (copy / name).read_bytes()
     digits = [8 * m.start() for m in re.finditer(rb"(?<=\d)\d|(?<=[\w ])[a-z](?=[a-z])", content)][3::len(content) // 5]    # another number, another word
     changes = DAMAGE | {f"another value at {b // 8}": functools.partial(flip, bit=b) for b in digits}
     for what, damage in changes.items():
         damage(path)
-        if what == "cut short" and name.endswith(".jsonl"):
-            os.truncate(path, path.stat().st_size * 2 // 3)      # what follows the last checkpoint is written again anyway
-        if path.exists() and path.read_bytes()[:len(content) * 2 // 3] == content[:len(content) * 2 // 3] and name.endswith(".jsonl"):
-            path.write_bytes(content)
-            continue
-        if what == "deleted" and name.endswith(".jsonl"):
-            path.write_bytes(content)
-            continue                                     # that is the way out, below
         before = tree(copy / "checkpoint")
         printed = resume(copy, code=2)
         assert len(re.findall("^error: ", printed, re.M)) == 1, f"{what}: {printed}"
@@ -359,15 +351,37 @@ def test_damage_beside_the_checkpoints_stops_the_run_in_one_line(copy, name):
         path.write_bytes(content)
 
 
-def test_a_lost_log_does_not_lose_the_run(whole, world, tmp_path):
+LOSSES = {"deleted": lambda p: p.unlink(), "emptied": lambda p: os.truncate(p, 0), "cut within a line": lambda p: os.truncate(p, p.stat().st_size // 2)}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "pairs.jsonl"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_lost_log_does_not_lose_the_run(whole, world, tmp_path, name, loss):
     out = tmp_path / "run"
     run(out, *world, hook=stop_at("sapo_step", 5))
-    (out / "metrics.jsonl").write_text("scrambled\n")
-    assert "put it back, or delete it to go on without those lines" in resume(out, code=2)
-    (out / "metrics.jsonl").unlink()
-    assert "its lines from before are lost" in resume(out, hook=stop_at("sapo_step", 2))
-    resume(out)
-    assert differences(whole, out) == ["metrics.jsonl"] and metrics(out) == metrics(whole)[-len(metrics(out)):]
+    written = (out / name).read_text().count("\n")
+    LOSSES[loss](out / name)
+    left = (out / name).read_text().count("\n") if (out / name).exists() else 0
+    assert left < written and (loss != "cut within a line" or left > 0)
+    assert f"warning: {out / name} is shorter than it was; its lost lines stay lost" in resume(out, hook=stop_at("sapo_step", 2))
+    assert "warning" not in resume(out, hook=everything)
+    undisturbed = (whole / name).read_text().splitlines()
+    assert len(lines(out / name)) == len(undisturbed) - written + left
+    assert set(differences(whole, out)) <= {name}
+    (out / name).write_text("\n".join([*undisturbed[:written], *(out / name).read_text().splitlines()[left:]]) + "\n")
+    assert not differences(whole, out)
+
+
+def test_a_scrambled_log_does_not_lose_the_run(whole, world, tmp_path):
+    """Its lines are nobody's any more, but the run ends as it would have, with the curves of what can be read."""
+    out, log = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+    run(out, *world, hook=stop_at("sapo_step", 5))
+    size = log.stat().st_size
+    log.write_text("scrambled\n" * (size // 10) + "x" * (size % 10))
+    resume(out, hook=everything)
+    assert (out / "curves.png").exists() == (whole / "curves.png").exists()
+    log.write_bytes((whole / "metrics.jsonl").read_bytes())
+    assert not differences(whole, out)
 
 
 # ---------------------------------------------------------------- no room
@@ -447,7 +461,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("kilobytes", [60, 500, 1500, 2200, 2400])
 def test_a_small_disk_fills_up_and_the_run_goes_on_where_there_is_more_room(world, whole, small_disk, tmp_path, kilobytes):
     out = small_disk(f"size={kilobytes}k") / "run"
-    line = one_line_of_failure(run(out, *world, hook=roomy, code=1, log=tmp_path / "log"))
+    line = one_line_of_failure(run(out, *world, code=1, log=tmp_path / "log"))
     if checkpoints(out):
         assert newest_checkpoint(out) == checkpoints(out)[-1]
     assert ("nothing was written" in line) == (not out.exists())
@@ -456,19 +470,13 @@ def test_a_small_disk_fills_up_and_the_run_goes_on_where_there_is_more_room(worl
     assert not differences(whole, out)
 
 
-def roomy():
-    """A hook: the estimate before the first step sees a disk that others fill later."""
-    train.shutil.disk_usage = lambda path: type("", (), {"free": 1 << 40})
-    train.draw_curves = lambda folder: None
-
-
 @pytest.mark.slow
 def test_a_read_only_disk_is_one_line_and_no_harm(world, whole, small_disk, tmp_path):
     out, log = small_disk("size=9m") / "run", tmp_path / "log"
     run(out, *world, hook=stop_at("sapo_step", 3), log=log)
     subprocess.run(["mount", "-o", "remount,ro", out.parent], check=True)
     one_line_of_failure(resume(out, code=1, log=log))
-    assert "nothing was written" in one_line_of_failure(run(out.with_name("other"), *world, hook=roomy, code=1, log=log))
+    assert "nothing was written" in one_line_of_failure(run(out.with_name("other"), *world, code=1, log=log))
     subprocess.run(["mount", "-o", "remount,rw", out.parent], check=True)
     resume(out, log=log)
     assert not differences(whole, out)
@@ -478,7 +486,7 @@ def test_a_read_only_disk_is_one_line_and_no_harm(world, whole, small_disk, tmp_
 
 def plant(what, steps, note):
     """A hook: NaN in the weights, the batch or the gradient at these SAPO steps; `note` gets what moved in each, by step."""
-    original, losses, current = sapo_step, preference_loss, [0]
+    original, losses, current = train.sapo_step, sapo.preference_loss, [0]
 
     def everything(state):
         moments = [v for m in state.optimizer.state_dict()["state"].values() for v in m.values()]
@@ -508,7 +516,7 @@ def plant(what, steps, note):
             value = value * torch.tensor([float("nan")] + [1.0] * (len(value) - 1))
         return value, parts
 
-    sapo_step, preference_loss, train.draw_curves = step, loss, lambda folder: None
+    train.sapo_step, sapo.preference_loss, train.draw_curves = step, loss, lambda folder: None
 
 
 def signal_in_a_bad_step(note):
@@ -553,19 +561,19 @@ def test_a_signal_after_a_bad_step_does_not_claim_to_have_saved(world, whole, tm
     assert not differences(whole, out)
 
 
-def bad_warm_up(steps):
-    original, calls = token_scores, [0]
+def bad_sft(steps):
+    original, calls = train.batch_logps, [0]
 
     def scores(*arguments):
         calls[0] += 1                                    # two micro-batches a step
         return original(*arguments) * (float("nan") if (calls[0] + 1) // 2 in steps else 1.0)
 
-    token_scores, train.draw_curves = scores, lambda folder: None
+    train.batch_logps, train.draw_curves = scores, lambda folder: None
 
 
-def test_the_warm_up_stops_for_bad_steps_too(world, whole, tmp_path):
-    printed = run(tmp_path / "run", *world, "--max-bad-steps", 2, hook=functools.partial(bad_warm_up, (3, 4)), code=3)
-    assert "warm-up step 3: the gradient is not finite and changed nothing; loss not finite for data rows [" in printed
+def test_sft_stops_for_bad_steps_too(world, whole, tmp_path):
+    printed = run(tmp_path / "run", *world, "--max-bad-steps", 2, hook=functools.partial(bad_sft, (3, 4)), code=3)
+    assert "SFT step 3: the gradient is not finite and changed nothing; loss not finite for data rows [" in printed
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000002"]
     resume(tmp_path / "run")
     assert not differences(whole, tmp_path / "run")
@@ -597,9 +605,9 @@ def soak(steps, world, folder):
           f"steps per second {speed[0]:.1f} in the first tenth, {speed[1]:.1f} in the last, ratio {speed[1] / speed[0]:.3f}")
     assert [r["step"] for r in rows] == list(range(1, steps + 1))
     assert [r["buffer/size"] for r in rows] == [min(batch * n, capacity) for n in range(1, steps + 1)]
-    pairs = unpack(from_disk(checkpoints(out)[-1] / "rank-0")["buffer"]["pairs"])
+    pairs = unpack(from_disk(checkpoints(out)[-1], "rank-0")["buffer"]["pairs"])
     assert [p.step for p in pairs] == [n for n in range(steps - capacity // batch, steps) for _ in range(batch)]
-    assert abs(sum(p.uses for p in pairs) / len(pairs) - 0.5) < 0.5      # a pair of age a was drawn a / 16 times, on average
+    assert abs(sum(p.uses for p in pairs) / len(pairs) - 0.5) < 0.5      # a pair of staleness a was drawn a / 16 times, on average
     print("buffer counts right")
 
 

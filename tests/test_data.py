@@ -22,13 +22,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import NUMBERS, ROOT
 from tokenizers import Tokenizer, processors
 
 import train
-from conftest import NUMBERS, ROOT
 from machine.dataset import Data, Draw, Row, Text, read_rows
+from machine.files import BadInput
 from machine.flags import PRESETS, Config, flag_of, kind_of, parse
-from machine.folders import BadInput, companions, find_model, read_config, save_pretrained
+from machine.folders import companions, find_model, read_config, save_pretrained
 from machine.parallel import World
 from machine.report import passes
 from model import ModelConfig, Transformer
@@ -36,7 +37,6 @@ from train import learning_rate
 
 TINY = ROOT / "data/tiny_model"
 SOME = ["--model", "m", "--data", "d"]
-ONE = SimpleNamespace(rank=0, size=1)
 END = 1                                                  # <|end|> of the tiny tokenizer; BOS is 0
 
 
@@ -73,7 +73,7 @@ SHAPES = {      # the row: (turns, chosen, rejected)
     "ultrafeedback": ({"prompt": "Who?", "prompt_id": "1f", "chosen": [U, A], "rejected": [U, turn("assistant", "No.")],
                        "messages": [U, turn("assistant", "Not this.")], "score_chosen": 8.5, "score_rejected": 7.0}, [U], "A dog.", "No."),
     "messages beside a chosen text": ({"prompt": "Who?", "chosen": "A dog.", "messages": [U, turn("assistant", "Not this.")]}, "Who?", "A dog.", None),
-    "null for what is not there": ({"prompt": "Who?", "chosen": "A dog.", "rejected": None, "judge": None}, "Who?", "A dog.", None),
+    "null for what is not there": ({"prompt": "Who?", "chosen": "A dog.", "rejected": None, "verifier": None}, "Who?", "A dog.", None),
     "further keys, in row and message": ({"messages": [U | {"id": 7}, A | {"name": "x", "tool_calls": None}], "source": "web"}, [U], "A dog.", None),
     "blanks are kept": ({"prompt": " Who?\n", "chosen": "\n A dog. "}, " Who?\n", "\n A dog. ", None),
 }
@@ -87,12 +87,12 @@ def test_a_row_may_have_any_of_the_usual_shapes(shape):
 
 
 def content(rows):
-    return [(row.turns, row.chosen, row.rejected, row.judge) for row in rows]
+    return [(row.turns, row.chosen, row.rejected, row.verifier) for row in rows]
 
 
 def test_every_kind_of_file_holds_the_same_rows(tmp_path):
     """Lines, gzip, a list; a byte-order mark, Windows' line ends, blank lines, no newline at the end, Unicode escaped or not."""
-    raws = [raw for raw, *_ in SHAPES.values()] + [{"prompt": "caf\u00e9 \U0001f600\u2028", "chosen": "\u00fc\u0085", "judge": {"must": ["\u00fc"]}}]
+    raws = [raw for raw, *_ in SHAPES.values()] + [{"prompt": "caf\u00e9 \U0001f600\u2028", "chosen": "\u00fc\u0085", "verifier": {"must": ["\u00fc"]}}]
     lines = [json.dumps(raw, ensure_ascii=i % 2 == 0).encode() for i, raw in enumerate(raws)]
     files = {"lf.jsonl": b"\n".join(lines) + b"\n", "open.jsonl": b"\n".join(lines), "crlf.jsonl": b"\r\n".join(lines) + b"\r\n",
              "bom.jsonl": b"\xef\xbb\xbf" + b"\n".join(lines), "blank.jsonl": b"\n\n" + b"\n \t\n".join(lines) + b"\n\n", "other.txt": b"\n".join(lines),
@@ -109,12 +109,25 @@ def test_blank_lines_count_in_the_number_of_a_malformed_line(tmp_path):
         read_rows(tmp_path / "rows.jsonl")
 
 
-def test_the_tiny_worlds_rows_are_read_with_their_judges():
+def test_the_tiny_worlds_rows_are_read_with_their_verifiers():
     rows = read_rows(ROOT / "data/tiny_test.jsonl")
-    assert len(rows) == 200 and all(passes(row.chosen, row.judge) for row in rows)
+    assert len(rows) == 200 and all(passes(row.chosen, row.verifier) for row in rows)
 
 
-@pytest.mark.parametrize("answer, judge, right", [
+def test_a_verifier_may_stand_under_its_old_name_judge(tmp_path):
+    """Files of an older version are read on; where both names stand, the new one counts."""
+    old, new = {"must": ["dog"], "must_not": ["cat"]}, {"must": ["bird"]}
+    rows = [{"prompt": "Who?", "chosen": "A dog."} | more for more in ({"judge": old}, {"verifier": new, "judge": old}, {})]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = read_rows(tmp_path / "rows.jsonl")
+    assert [row.verifier for row in read] == [old, new, None]
+    data = Data(read, tiny_text(), Config(max_prompt_length=9, max_length=30), "some")
+    assert data.verifiers == {0: old, 1: new}
+    named_anew = Row(rows[0] | {"judge": None, "verifier": old}, "")
+    assert Data([named_anew, *read[1:]], tiny_text(), data.cfg, "some").fingerprint() == data.fingerprint()
+
+
+@pytest.mark.parametrize("answer, verifier, right", [
     ("Mia had a red ball.", {"must": ["Mia", "red"]}, True), ("Mia had a ball.", {"must": ["Mia", "red"]}, False),
     ("MIA had a Red ball.", {"must": ["mia", "rED"]}, True), ("Miami was hundred.", {"must": ["Mia"]}, False),
     ("She had a hundred.", {"must_not": ["red", "he"]}, True), ("He was tired.", {"must_not": ["he"]}, False),
@@ -122,8 +135,8 @@ def test_the_tiny_worlds_rows_are_read_with_their_judges():
     ("état", {"must_not": ["tat"]}, True), ("", {"must_not": ["x"]}, True), ("", {}, True),
     ("1.5", {"must": ["1.5"]}, True), ("1x5", {"must": ["1.5"]}, False),
     ("x", {"must": ["x"], "must_not": ["x"]}, False)])
-def test_a_judge_looks_for_whole_words_whatever_their_case(answer, judge, right):
-    assert passes(answer, judge) is right
+def test_a_verifier_looks_for_whole_words_whatever_their_case(answer, verifier, right):
+    assert passes(answer, verifier) is right
 
 
 # ---------------------------------------------------------------- token ids
@@ -161,14 +174,14 @@ def test_the_prompt_loses_its_left_end_but_not_its_bos_then_the_response_its_rig
     assert {(True, False), (True, True)} <= seen
 
 
-def test_rows_without_a_response_are_dropped_and_counted_and_judges_stay_with_their_rows():
+def test_rows_without_a_response_are_dropped_and_counted_and_verifiers_stay_with_their_rows():
     """A response that begins with its end, or was nothing but one."""
     texts = ["<|end|>", "One.", "<|end|> Two.", "Three.", "Four."]
-    rows = [Row({"prompt": "a", "chosen": t, "judge": {"must": [t]}}, "") for t in texts]
+    rows = [Row({"prompt": "a", "chosen": t, "verifier": {"must": [t]}}, "") for t in texts]
     data = Data(rows, tiny_text(), Config(max_prompt_length=9, max_length=30), "some")
     kept = [tiny_text().decode(data[i].chosen, True) for i in range(len(data))]
     assert kept == ["One.", "Three.", "Four."] and "2 rows dropped" in data.note
-    assert data.judges == {i: {"must": [t]} for i, t in enumerate(kept)}
+    assert data.verifiers == {i: {"must": [t]} for i, t in enumerate(kept)}
 
 
 def test_special_tokens_that_were_typed_are_counted_and_told():
@@ -248,7 +261,7 @@ def test_a_tokenizer_in_whose_library_something_breaks_is_refused(part):
 
 def test_the_fingerprint_follows_every_token_and_every_border():
     def of(*rows):
-        rows = [Row(dict(zip(("prompt", "chosen", "rejected", "judge"), row)), "") for row in rows]
+        rows = [Row(dict(zip(("prompt", "chosen", "rejected", "verifier"), row)), "") for row in rows]
         return Data(rows, plain_text(), Config(max_prompt_length=30, max_length=60), "some").fingerprint()
 
     one, two = ("a b", " c", " d"), ("e", " f", " g")

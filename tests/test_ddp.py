@@ -10,6 +10,7 @@ go, as starting processes and importing torch takes longer than any of them.
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -30,13 +31,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from buffer import ReplayBuffer, unpack
+from buffer import unpack
 from conftest import ROOT, oracle, random_texts, small_model
-from machine.checkpoint import deal, from_disk
+from machine import checkpoint, folders, parallel
+from machine.checkpoint import from_disk, redistribute
 from machine.dataset import Draw
-from machine.folders import load_pretrained
-from machine.parallel import World, divide, fill, whole
-from model import add_lora, blank, plain_weights, twin
+from machine.folders import blank, load_pretrained, plain_weights
+from machine.parallel import World, load_weights
+from model import add_lora, twin, unshard
 from sapo import Example, SAPOConfig, State, sapo_step
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -74,19 +76,51 @@ def work(orders):
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}        # the agent's store serves one group
         if first and job["resume"]:
             again(*job["resume"])
-        whole = train.Run.wrapped
         if job["alone"]:                                                 # no exchange of gradients, to see what it costs
-            train.Run.wrapped = lambda self: self.model
+            train.wrap = lambda model, world, cfg: model
+        if job["watch"]:
+            watch_saves(Path(job["watch"]))
         codes.append(train.main(job["arguments"]))
-        train.Run.wrapped = whole
+        train.wrap = parallel.wrap
     if first:
         orders.with_name("codes.json").write_text(json.dumps(codes))
 
 
-def job(*arguments, resume=(), alone=False):
+def newly_held():
+    """Bytes of the tensors made since `gc.freeze` that are alive in this process, shared memory counted once; of a sharded one, its shard."""
+    storages = (t.untyped_storage() for t in gc.get_objects() if type(t) is torch.Tensor)
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def watch_saves(note):
+    """From now on `note`-RANK.jsonl gets a line for each checkpoint and each model written: bytes of new tensors, at most and afterwards."""
+    peak, note = [0], f"{note}-{os.environ['RANK']}.jsonl"
+
+    def gathering(tensor):
+        tensor = unshard(tensor)
+        peak[0] = max(peak[0], newly_held())
+        return tensor
+
+    def watched(original):
+        def call(run, *arguments):
+            sizes = [4 * p.numel() for p in run.model.parameters()]
+            gc.collect()
+            gc.freeze()
+            peak[0] = 0
+            original(run, *arguments)
+            with open(note, "a") as f:
+                f.write(json.dumps({"what": original.__name__, "most": peak[0], "left": newly_held(), "model": sum(sizes), "largest": max(sizes)}) + "\n")
+            gc.unfreeze()
+        return call
+
+    checkpoint.unshard = folders.unshard = gathering
+    train.Run.save, train.Run.export = watched(train.Run.save), watched(train.Run.export)
+
+
+def job(*arguments, resume=(), alone=False, watch=""):
     """One command line of train.py for `ordered`; resume (FROM, TO): it goes on with a copy of FROM, one checkpoint back."""
     more = ["--resume", resume[1]] if resume else []
-    return {"arguments": [*map(str, [*more, *arguments])], "resume": [*map(str, resume)], "alone": alone}
+    return {"arguments": [*map(str, [*more, *arguments])], "resume": [*map(str, resume)], "alone": alone, "watch": str(watch)}
 
 
 def ordered(processes, folder, cases=(), jobs=()):
@@ -105,33 +139,34 @@ def ordered(processes, folder, cases=(), jobs=()):
 
 def three_steps(way, loss, dtype, micro_batch, world):
     """[6] ... [9] three times on the same eight pairs a step, shared out over the processes: {name: tensor}, equal on all."""
-    dtype, share = getattr(torch, dtype), PAIRS // world.size
-    cfg = SAPOConfig(loss=loss, rejected="data", batch_size=share, buffer_size=share, micro_batch=micro_batch,
+    dtype = getattr(torch, dtype)
+    cfg = SAPOConfig(loss=loss, rejected="data", batch_size=PAIRS, buffer_size=PAIRS, micro_batch=micro_batch,
                      ema_every="2", ref_refresh="2", alpha=0.7, beta=0.3, lam=0.4, max_grad_norm=0.5)
     prompts, chosen, rejected = (random_texts([3 + (5 * i + k) % 7 for i in range(3 * PAIRS)], seed=k) for k in (1, 2, 3))
     rows = [Example(p, c, c[:1] + r, i) for i, (p, c, r) in enumerate(zip(prompts, chosen, rejected))]
     base = small_model(3, dtype=dtype)
     if way == "lora":
         add_lora(base, 3, 7.0, torch.Generator().manual_seed(1)).to(dtype)
-    if way == "shard" and world.many:
-        model, ema, reference = (fill(divide(blank(base.config, dtype), world, False), base.named_parameters()) for _ in range(3))
-        policy = model
-        for m in (ema, reference):
-            m.requires_grad_(False)
-    else:
-        model, ema, reference = base, twin(base), twin(base)
-        policy = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world.many else model
-    state = State(policy, ema, ema, reference if loss == "dpo" else None,
-                  # Adam divides a gradient by its own size: with the usual eps, one that is nearly 0 moves its weight by what rounding made of it
-                  torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, weight_decay=0.0),
-                  ReplayBuffer(cfg.buffer_size, world.rank), np.random.default_rng(0), torch.Generator(), (2,), keep_ref=way != "shard")
+    sharded = way == "shard" and world.many
+
+    def parted():
+        return load_weights(parallel.shard(blank(base.config, dtype), world, False), base.named_parameters())
+
+    model = policy = parted() if sharded else base
+    if world.many and not sharded:
+        policy = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Adam divides a gradient by its own size: with the usual eps, one that is nearly 0 moves its weight by what rounding made of it
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, weight_decay=0.0)
+    state = State.start(policy, cfg, (2,), seed=world.rank, processes=world.size, optimizer=optimizer, keep_ref=way != "shard",
+                        copy=lambda _: parted().requires_grad_(False) if sharded else twin(model))
     draw, result = Draw(rows, PAIRS, 0, world), {}
     for step in range(3):
         metrics = world.mean(sapo_step(state, draw, cfg))
-        result |= {f"gradient {step} {k}": whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
+        metrics["buffer/size"] *= world.size             # as train.py has it: of all processes together
+        result |= {f"gradient {step} {k}": unshard(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
         result[f"metrics {step}"] = torch.tensor([v for k, v in sorted(metrics.items()) if isinstance(v, float) and not k.startswith("time/")], dtype=torch.float64)
-    for name, m in (("weights", model), ("ema", ema), ("reference", reference)):
-        result |= {f"{name} {k}": whole(t).clone() for k, t in plain_weights(m)}
+    for name, m in (("weights", model), ("ema", state.ema), *([("reference", state.reference)] if state.reference else [])):
+        result |= {f"{name} {k}": t.clone() for k, t in plain_weights(m)}
     sums = {k: v.double().sum().item() for k, v in result.items()}
     assert all(other == sums for other in world.all(sums)), "the processes have drifted apart"
     return result
@@ -158,6 +193,7 @@ def test_many_processes_compute_what_one_would(request, processes, case):
 
 SHORT = ["--preset", "tiny", "--sft-data", str(ROOT / "data/tiny_validation.jsonl"), "--sft-steps", "3", "--steps", "6", "--eval-every", "4", "--save-every", "3", "--eval-rows", "6", "--batch-size", "8", "--sft-batch-size", "8",
          "--samples", "3", "--eval-tokens", "8"]
+BRIEF = ["--sft-steps", "1", "--steps", "1", "--eval-rows", "2", "--samples", "0", "--eval-tokens", "1"]
 
 
 def newest(out):
@@ -190,14 +226,16 @@ def steps_logged(out):
 
 def saved_parts(out):
     folder = newest(out)
-    return [from_disk(folder / f"rank-{r}") for r in range(from_disk(folder / "shared")["world_size"])]
+    return [from_disk(folder, f"rank-{r}") for r in range(from_disk(folder, "shared")["world_size"])]
 
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory):
-    """Two processes: every case, then a DDP job, and that job again from its checkpoint. (cases, codes, printed, folder)"""
+    """Two processes: every case, then a DDP job, that job again from its checkpoint, and a sharded one, watched. (cases, codes, printed, folder)"""
     folder = tmp_path_factory.mktemp("two")
-    return *ordered(2, folder, CASES, [job("--out", folder / "ddp", *SHORT), job(resume=(folder / "ddp", folder / "ddp-again"))]), folder
+    return *ordered(2, folder, CASES, [
+        job("--out", folder / "ddp", *SHORT), job(resume=(folder / "ddp", folder / "ddp-again")),
+        job("--out", folder / "watched", "--shard", *SHORT, *BRIEF, watch=folder / "saves")]), folder
 
 
 @pytest.fixture(scope="session")
@@ -246,7 +284,7 @@ def test_a_job_of_two_processes_resumes_bit_for_bit_and_its_buffers_differ(reque
     folder = two[-1]
     if second != "ddp-again":
         request.getfixturevalue("shard")
-    assert two[1] == [0, 0], two[2][-3000:]
+    assert two[1] == [0, 0, 0], two[2][-3000:]
     assert same(folder / first, folder / second)
     for name in ("model/model.safetensors", "ema/model.safetensors", "samples.jsonl", "results.json"):
         assert (folder / first / name).read_bytes() == (folder / second / name).read_bytes(), name
@@ -256,6 +294,27 @@ def test_a_job_of_two_processes_resumes_bit_for_bit_and_its_buffers_differ(reque
     assert rows[0] and rows[1] and not rows[0] & rows[1]
 
 
+def saves(two, rank):
+    """What `watch_saves` noted: of the checkpoints after SFT and after SAPO, then of the policy and the EMA."""
+    assert two[1] == [0, 0, 0], two[2][-3000:]
+    rows = [json.loads(line) for line in (two[-1] / f"saves-{rank}.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in rows] == ["save", "save", "export", "export"]
+    return rows
+
+
+def test_on_saving_only_rank_0_ever_holds_a_whole_model(two):
+    """All gather the shards, tensor by tensor, and only the first process keeps them."""
+    for first, other in zip(saves(two, 0), saves(two, 1)):
+        assert first["most"] >= first["model"] > 3 * first["largest"]
+        assert other["largest"] <= other["most"] < 2 * other["largest"], other
+
+
+def test_on_saving_rank_0_holds_one_part_at_a_time_and_afterwards_none(two):
+    """The largest part is the optimizer's, two moments of each weight. What is written goes at once, not when the garbage collector comes by."""
+    for row in saves(two, 0):
+        assert row["most"] < 2 * row["model"] + 2 * row["largest"] and row["left"] < row["largest"] / 4, row
+
+
 @dataclasses.dataclass
 class FakeWorld:
     rank: int = 0
@@ -263,8 +322,8 @@ class FakeWorld:
 
 
 def counted(parts):
-    """Every pair of a saved run, and how often it is there: of the buffers, written ahead, held out."""
-    read = {"buffer": lambda p: unpack(p["buffer"]["pairs"]), "written": lambda p: unpack(p["written"]), "held": lambda p: unpack(p["held"])}
+    """Every pair of a saved run, and how often it is there: of the buffers, generated ahead, evaluated on."""
+    read = {"buffer": lambda p: unpack(p["buffer"]["pairs"]), "ahead": lambda p: unpack(p["ahead"]), "eval": lambda p: unpack(p["eval_pairs"])}
     return {name: Counter((p.row, p.step, p.uses, tuple(p.rejected)) for part in parts for p in take(part)) for name, take in read.items()}
 
 
@@ -274,7 +333,7 @@ def counted(parts):
 def test_a_run_goes_on_with_another_number_of_processes(request, four, way, before, after):
     folder = four[-1]
     source, target = folder / (way if before == 2 else f"{way}4"), folder / f"{way}-{before}-{after}"
-    if after == 1:                                       # one process alone divides nothing
+    if after == 1:                                       # one process alone shards nothing
         again(source, target)
         signals = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
         assert train.main(["--resume", str(target), "--no-shard"]) == 0
@@ -283,10 +342,10 @@ def test_a_run_goes_on_with_another_number_of_processes(request, four, way, befo
     elif after == 2:
         request.getfixturevalue("back")
     assert four[1][:4] == [0] * 4, four[2][-3000:]
-    saved = [from_disk(sorted((target / "checkpoint").glob("step-*"))[0] / f"rank-{r}") for r in range(before)]      # where it went on
-    dealt = [deal(saved, 8, FakeWorld(r, after)) for r in range(after)]
+    saved = [from_disk(sorted((target / "checkpoint").glob("step-*"))[0], f"rank-{r}") for r in range(before)]      # where it went on
+    dealt = [redistribute(saved, 8, [42, 3, r], FakeWorld(r, after)) for r in range(after)]
     assert counted(saved) == counted(dealt) and counted(saved)["buffer"].total() == counted(dealt)["buffer"].total() > 0
-    shared, once = (from_disk(newest(out) / "shared") for out in (target, source))
+    shared, once = (from_disk(newest(out), "shared") for out in (target, source))
     assert shared["world_size"] == after and (shared["step"], shared["draw"]) == (once["step"], once["draw"]) == (6, 6)
     assert steps_logged(target) == [1, 2, 3, 4, 5, 6]
     # the rows learned from are those of the run that was not interrupted: as many, and the same
@@ -313,7 +372,7 @@ def test_written_folders_load_in_transformers(four, name, model):
 
 @pytest.mark.slow
 def test_sharding_changes_no_more_than_rounding(four):
-    """The divided job and the plain one took the same steps: the EMA wrote, the policy learned, to float32's accuracy."""
+    """The sharded job and the plain one took the same steps: the EMA generated, the policy learned, to float32's accuracy."""
     for one, other in (("ddp", "shard"), ("ddp4", "shard4")):
         a, b = (load_file(newest(four[-1] / x) / "policy.safetensors") for x in (one, other))
         apart, size = (sum(f(k).double().square().sum() for k in a).sqrt() for f in (lambda k: a[k] - b[k], lambda k: a[k]))
@@ -467,9 +526,9 @@ def throughput(steps, rounds, batch):
             lines = logged(out)[steps // 10:]
             seconds = {k: sum(r[f"time/{k}"] for r in lines) for k in ("train", "generate")}
             rates[way].append([batch * len(lines) / seconds["train"], batch * len(lines) / sum(seconds.values())])
-            print(f"round {n + 1}  {way:<19} {rates[way][-1][0]:8.1f} pairs/s trained   {rates[way][-1][1]:8.1f} pairs/s written and trained", flush=True)
+            print(f"round {n + 1}  {way:<19} {rates[way][-1][0]:8.1f} pairs/s trained   {rates[way][-1][1]:8.1f} pairs/s generated and trained", flush=True)
     one, two, free = (np.median(np.array(r), 0) for r in rates.values())
-    print(f"2 processes against 1, medians: training {two[0] / one[0]:.2f}x, writing and training {two[1] / one[1]:.2f}x; "
+    print(f"2 processes against 1, medians: training {two[0] / one[0]:.2f}x, generating and training {two[1] / one[1]:.2f}x; "
           f"communication {1 - two[0] / free[0]:.0%} of the training time")
 
 

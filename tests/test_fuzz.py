@@ -6,7 +6,6 @@ import json
 import pytest
 
 import fuzz
-import train
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +14,7 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind, count", [("lines", 400), ("configs", 24), ("headers", 60), ("templates", 12)])
-def test_damaged_files_are_taken_or_refused_in_one_line(kind, count, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "TEMPLATE_SECONDS", 1)
+def test_damaged_files_are_taken_or_refused_in_one_line(kind, count, tmp_path):
     said = []
     counts = fuzz.fuzz(kind, range(1, 1 + count), tmp_path, said.append)
     assert not said and not counts["escaped"] and counts["accepted"] and counts["refused"]
@@ -43,10 +41,9 @@ ESCAPED = {     # what once ended in a traceback, or worse: (the file in its pla
                                               b'{"weight_map": {"\\u001b[2J\\u0007": "model-00001-of-00003.safetensors"}}', "refused"),
     "a template whose complaint clears the screen": ("llama/chat_template.jinja", b"{{ raise_exception('a\nb\x1b[2J') }}", "refused"),
     "a template that writes half a surrogate pair": ("llama/chat_template.jinja", rb"{{ '\ud800' }}", "refused"),
-    "a template that takes 0.7 GB": ("llama/chat_template.jinja", b"{% set y = (messages[0].role | first) * 700000000 %}" + fuzz.DATED.encode(),
-                                     "refused"),
-    "a template that doubles": ("llama/chat_template.jinja", b"{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "refused"),
-    "a template that counts for ever": ("llama/chat_template.jinja", b"{{ messages[0].content | length + 9 ** 9 ** 9 ** 9 }}", "refused"),
+    "a template whose name is a list": ("qwen3/tokenizer_config.json", lambda b: changed(b, "tokenizer_config.json", chat_template=[
+        {"name": [], "template": "x"}, {"name": "default", "template": fuzz.CHATML}]), "accepted"),
+    "a template that makes 70 MB": ("llama/chat_template.jinja", b"{{ (messages[0].role | first) * 70000000 }}" + fuzz.DATED.encode(), "refused"),
 }
 
 

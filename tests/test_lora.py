@@ -12,9 +12,9 @@ import train
 from buffer import Pair, collate
 from conftest import NUMBERS, oracle, random_texts, small_model
 from losses import preference_loss, scored_tokens
-from machine.flags import TINY
-from machine.folders import companions, load_pretrained, save_adapter, save_pretrained
-from model import PROJECTIONS, LoRA, Transformer, add_lora, generate, plain_weights, twin
+from machine.flags import DATA
+from machine.folders import companions, load_pretrained, plain_weights, save_adapter, save_pretrained
+from model import PROJECTIONS, LoRA, Transformer, add_lora, generate, twin
 from sapo import Example, SAPOConfig, State, ema_update, sapo_step
 
 RANK, ALPHA = 3, 7.5                                     # so B A x is scaled by 2.5
@@ -197,7 +197,7 @@ def test_merged_weights_give_the_logits_of_the_adapters(decoder, dtype, digits):
 def test_adapters_write_what_the_merged_model_writes():
     model, prompts = adapted(B=1), random_texts([5, 2, 7])
     how = dict(budgets=[9, 12, 4], eos=(3, 4), temperature=0.9, top_k=30, top_p=0.95)
-    assert generate(model, prompts, generator=seeded(), **how) == generate(merged(model), prompts, generator=seeded(), **how)
+    assert generate(model, prompts, rng=seeded(), **how) == generate(merged(model), prompts, rng=seeded(), **how)
 
 
 def test_an_average_of_adapters_is_the_average_of_the_merged_weights():
@@ -297,8 +297,8 @@ def finished(tmp_path_factory):
     """(folder of the base, folder of a finished run with --lora 4): four steps of SAPO on a small random checkpoint."""
     folder = tmp_path_factory.mktemp("lora")
     base = small_model(0, torch.float32, vocab_size=1030, max_position_embeddings=256, sliding_window=None)
-    save_pretrained(base, folder / "base", torch.float32, companions(TINY / "tiny_model"))
-    run("--model", folder / "base", "--data", TINY / "tiny_validation.jsonl", "--out", folder / "run", "--lora", 4, "--lora-alpha", 6, *SMALL)
+    save_pretrained(base, folder / "base", torch.float32, companions(DATA / "tiny_model"))
+    run("--model", folder / "base", "--data", DATA / "tiny_validation.jsonl", "--out", folder / "run", "--lora", 4, "--lora-alpha", 6, *SMALL)
     return folder / "base", folder / "run"
 
 

@@ -15,16 +15,11 @@ from safetensors.torch import load_file, save_file
 import model as code
 from buffer import Pair, collate
 from conftest import NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
+from fuzz import memory_limit
 from losses import preference_loss, score, scored_tokens
-from machine.dataset import memory_limit
-from machine.folders import (
-    BadInput,
-    companions,
-    config_from_dict,
-    load_pretrained,
-    save_pretrained,
-    saved_dtype,
-)
+from machine import folders
+from machine.files import BadInput
+from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained, saved_dtype
 from model import KVCache, ModelConfig, RMSNorm, Transformer, generate, sample, twin
 from sapo import SAPOConfig
 
@@ -207,7 +202,7 @@ def test_a_saved_model_is_the_same_model_to_transformers(tmp_path, case):
 @pytest.mark.parametrize("name, dialect, shards, dtype", [("Llama 3.2", 4, True, torch.bfloat16), ("Mistral v0.1", 4, False, torch.float16), ("Qwen2", 5, True, torch.float16),
                                                           ("Qwen3, tied", 4, True, torch.float32), ("Mistral Nemo", 5, False, torch.bfloat16)])
 def test_a_family_is_itself_in_either_dialect_in_shards_and_in_each_dtype(tmp_path, name, dialect, shards, dtype):
-    import families  # it imports this file
+    import families                                      # it imports this file
     assert max(families.differences(name, dialect, shards, dtype, tmp_path)) < families.BOUND
 
 
@@ -231,7 +226,7 @@ def test_a_model_built_by_hand_saves_as_a_llama(tmp_path, changes):
 
 
 def test_a_model_in_shards_loads_here_and_in_transformers(tmp_path, monkeypatch):
-    monkeypatch.setattr(code, "SHARD_BYTES", 9000)
+    monkeypatch.setattr(folders, "SHARD_BYTES", 9000)
     model = small_model(dtype=torch.float32)
     save_pretrained(model, tmp_path / "out", torch.float32)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -299,7 +294,7 @@ def test_other_files_are_copied_byte_for_byte_and_weights_are_not(tmp_path):
 def test_a_save_that_fails_leaves_the_old_folder_alone(tmp_path, monkeypatch):
     base = good_folder(tmp_path / "model")
     before = {f.name: f.read_bytes() for f in base.iterdir()}
-    monkeypatch.setattr(code, "write_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(folders, "write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_pretrained(small_model(seed=9), base)
     assert {f.name: f.read_bytes() for f in base.iterdir()} == before
@@ -467,7 +462,7 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "a head that differs though tied": (config(tie_word_embeddings=True), "lm_head"),
     "no config.json": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "a config.json that is not JSON": (bytes_of(lambda b: b[:-5], "config.json"), "JSON"),
-    "a config.json of bytes": (bytes_of(lambda b: b"\xff\xfe\x00", "config.json"), "JSON"),
+    "a config.json of bytes": (bytes_of(lambda b: b"\xff\xfe\x00", "config.json"), "UTF-8"),
     "a config.json of brackets": (bytes_of(lambda b: b"[" * 100_000, "config.json"), "JSON"),
     "a config.json that is a list": (bytes_of(lambda b: b"[]", "config.json"), "object"),
     "no folder at all": (shutil.rmtree, "config.json"),
@@ -567,12 +562,12 @@ def seeded(seed=5):
 
 
 @torch.no_grad()
-def slowly(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, generator=None, vocab=None, ban=()):
+def slowly(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, rng=None, vocab=None, ban=()):
     """What `generate` promises, the plain way: row by row, no cache, the whole text through the model for every token."""
     texts = []
     for prompt, budget in zip(prompts, budgets):
         text = []
-        for u in torch.rand(budget, generator=generator, dtype=torch.float64):
+        for u in torch.rand(budget, generator=rng, dtype=torch.float64):
             logits = model(torch.tensor([prompt + text]))[:, -1, :vocab]
             logits[:, list(ban)] = -torch.inf
             text.append(sample(logits, u[None], temperature, top_k, top_p).item())
@@ -587,28 +582,28 @@ def slowly(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0,
 def test_a_batch_is_written_as_a_loop_without_a_cache_writes_it(decoder, how):
     """Unequal prompts and budgets, ends on the way, and texts longer than the window."""
     model = small_model(**DECODERS[decoder])
-    written = generate(model, PROMPTS, BUDGETS, eos=(3, 4, 5), generator=seeded(), **how)
-    assert written == slowly(model, PROMPTS, BUDGETS, eos=(3, 4, 5), generator=seeded(), **how)
+    written = generate(model, PROMPTS, BUDGETS, eos=(3, 4, 5), rng=seeded(), **how)
+    assert written == slowly(model, PROMPTS, BUDGETS, eos=(3, 4, 5), rng=seeded(), **how)
     assert len({len(w) for w in written}) > 2
 
 
 @pytest.mark.parametrize("how", [GREEDY, NUCLEUS], ids=["greedy", "nucleus"])
 def test_many_rows_are_written_as_one_row_at_a_time(how):
     model, one, many = small_model(), seeded(), seeded()
-    together = generate(model, PROMPTS, BUDGETS, eos=(3, 4), generator=many, **how)
-    assert together == [generate(model, [p], [n], eos=(3, 4), generator=one, **how)[0] for p, n in zip(PROMPTS, BUDGETS)]
+    together = generate(model, PROMPTS, BUDGETS, eos=(3, 4), rng=many, **how)
+    assert together == [generate(model, [p], [n], eos=(3, 4), rng=one, **how)[0] for p, n in zip(PROMPTS, BUDGETS)]
 
 
 def test_prompts_of_one_token_are_continued():
     model, prompts = small_model(), [[5], [9], [7]]
-    together = generate(model, prompts, [4, 6, 2], generator=seeded(), **NUCLEUS)
-    assert together == slowly(model, prompts, [4, 6, 2], generator=seeded(), **NUCLEUS)
+    together = generate(model, prompts, [4, 6, 2], rng=seeded(), **NUCLEUS)
+    assert together == slowly(model, prompts, [4, 6, 2], rng=seeded(), **NUCLEUS)
 
 
 def test_a_prompt_of_one_token_may_stand_beside_a_longer_one():
     model, one, many = small_model(), seeded(), seeded()
-    together = generate(model, [[5], PROMPTS[0]], [6, 6], generator=many, **NUCLEUS)
-    assert together == [generate(model, [p], [6], generator=one, **NUCLEUS)[0] for p in ([5], PROMPTS[0])]
+    together = generate(model, [[5], PROMPTS[0]], [6, 6], rng=many, **NUCLEUS)
+    assert together == [generate(model, [p], [6], rng=one, **NUCLEUS)[0] for p in ([5], PROMPTS[0])]
 
 
 @torch.no_grad()
@@ -661,9 +656,9 @@ def test_the_end_token_is_written_and_nothing_after_it():
 
 
 def test_a_budget_is_kept_and_a_budget_of_0_writes_nothing():
-    written = generate(small_model(), PROMPTS, BUDGETS, generator=seeded(), **NUCLEUS)
+    written = generate(small_model(), PROMPTS, BUDGETS, rng=seeded(), **NUCLEUS)
     assert [len(w) for w in written] == BUDGETS
-    assert generate(small_model(), PROMPTS, [0] * 5, generator=seeded(), **NUCLEUS) == [[]] * 5
+    assert generate(small_model(), PROMPTS, [0] * 5, rng=seeded(), **NUCLEUS) == [[]] * 5
 
 
 def test_rows_that_are_finished_do_not_disturb_the_others():
@@ -676,16 +671,16 @@ def test_a_banned_token_is_never_written():
     """The ten most probable first tokens are banned, so all rows would write one of them."""
     model, prompts = small_model(), [PROMPTS[0]] * 40
     ban = model(torch.tensor([PROMPTS[0]]))[0, -1].topk(10).indices.tolist()
-    free, banned = (generate(model, prompts, [6] * 40, generator=seeded(), ban=b, **NUCLEUS) for b in ((), ban))
+    free, banned = (generate(model, prompts, [6] * 40, rng=seeded(), ban=b, **NUCLEUS) for b in ((), ban))
     assert set(sum(free, [])) & set(ban) and not set(sum(banned, [])) & set(ban)
-    assert banned == slowly(model, prompts, [6] * 40, generator=seeded(), ban=ban, **NUCLEUS)
+    assert banned == slowly(model, prompts, [6] * 40, rng=seeded(), ban=ban, **NUCLEUS)
 
 
 def test_ids_beyond_the_vocabulary_are_never_written():
     model, prompts = small_model(), [PROMPTS[0]] * 40
-    free, limited = (generate(model, prompts, [6] * 40, generator=seeded(), vocab=v, **NUCLEUS) for v in (None, 33))
+    free, limited = (generate(model, prompts, [6] * 40, rng=seeded(), vocab=v, **NUCLEUS) for v in (None, 33))
     assert max(sum(free, [])) > 33 and max(sum(limited, [])) < 33
-    assert limited == slowly(model, prompts, [6] * 40, generator=seeded(), vocab=33, **NUCLEUS)
+    assert limited == slowly(model, prompts, [6] * 40, rng=seeded(), vocab=33, **NUCLEUS)
 
 
 def test_a_banned_token_may_lie_beyond_the_vocabulary():
@@ -694,12 +689,12 @@ def test_a_banned_token_may_lie_beyond_the_vocabulary():
 
 
 def test_the_generator_decides_what_is_sampled_and_greedy_draws_nothing():
-    model, generator = small_model(), seeded()
-    first, second = (generate(model, PROMPTS, BUDGETS, generator=generator, **NUCLEUS) for _ in range(2))
-    assert first != second and first == generate(model, PROMPTS, BUDGETS, generator=seeded(), **NUCLEUS)
-    before = generator.get_state()
-    generate(model, PROMPTS, BUDGETS, generator=generator, **GREEDY)
-    assert torch.equal(generator.get_state(), before)
+    model, rng = small_model(), seeded()
+    first, second = (generate(model, PROMPTS, BUDGETS, rng=rng, **NUCLEUS) for _ in range(2))
+    assert first != second and first == generate(model, PROMPTS, BUDGETS, rng=seeded(), **NUCLEUS)
+    before = rng.get_state()
+    generate(model, PROMPTS, BUDGETS, rng=rng, **GREEDY)
+    assert torch.equal(rng.get_state(), before)
 
 
 def test_nothing_is_written_for_no_prompts_and_an_empty_prompt_is_refused():
@@ -733,7 +728,7 @@ def test_stories260k_tells_of_lily(shared):
     assert text.startswith("Once upon a time, there was a little girl named Lily.")
 
 
-# ---------------------------------------------------------------- two texts with a common trunk
+# ---------------------------------------------------------------- two texts with a common prefix
 
 def some_pairs():
     """Pairs of SAPO's form: ragged, with A or C empty, with y- ended early, with y- = y+, and one that starts to differ at once."""
@@ -751,24 +746,24 @@ WINDOWS = pytest.mark.parametrize("window", [None, 4, 1])
 
 @torch.no_grad()
 @WINDOWS
-def test_both_branches_have_the_logits_of_plain_rows(window):
+def test_both_continuations_have_the_logits_of_plain_rows(window):
     model, pairs = small_model(sliding_window=window), some_pairs()
     shared, plain = collate(pairs), collate(pairs, share=False)
-    P, n = shared.trunk, len(pairs)
-    ours, expected = model(shared.ids, positions=shared.positions, trunk=P), model(plain.ids)
+    P, n = shared.prefix, len(pairs)
+    ours, expected = model(shared.ids, positions=shared.positions, prefix=P), model(plain.ids)
     S = (shared.ids.shape[1] - P) // 2
     for i, pair in enumerate(pairs):
-        trunk = shared.positions[i, P].item()            # this row's true trunk; the rest up to P is padding
-        for branch, answer in enumerate((pair.chosen, pair.rejected)):
+        prefix = shared.positions[i, P].item()           # this row's true prefix; the rest up to P is padding
+        for side, answer in enumerate((pair.chosen, pair.rejected)):
             width = len(pair.prompt) + len(answer) - 1
-            begin = P + branch * S
-            text = torch.cat((ours[i, :trunk], ours[i, begin:begin + width - trunk]))
-            assert torch.allclose(text, expected[i + branch * n, :width], atol=1e-12)
+            begin = P + side * S
+            text = torch.cat((ours[i, :prefix], ours[i, begin:begin + width - prefix]))
+            assert torch.allclose(text, expected[i + side * n, :width], atol=1e-12)
 
 
 @WINDOWS
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_the_trunk_changes_neither_scores_nor_gradients(loss, window):
+def test_the_prefix_changes_neither_scores_nor_gradients(loss, window):
     cfg, results = SAPOConfig(loss=loss, beta=0.3, lam=0.4), []
     for share in (True, False):
         model, batch = small_model(sliding_window=window), collate(some_pairs(), share, **scored_tokens(cfg))
@@ -778,17 +773,17 @@ def test_the_trunk_changes_neither_scores_nor_gradients(loss, window):
     assert all(torch.allclose(a, b, atol=1e-10, rtol=1e-10) for a, b in zip(*results))
 
 
-def test_the_trunk_may_be_one_token():
+def test_the_prefix_may_be_one_token():
     """The prompt is a lone BOS and the segment starts at once."""
     model, pairs = small_model(), [Pair([1], [5, 6, 7, 2], [8, 9, 2]), Pair([1], [5, 6, 2], [5, 8, 2])]
-    with_trunk, plain = (torch.stack(score(model, collate(pairs, share))) for share in (True, False))
-    assert torch.allclose(with_trunk, plain, atol=1e-12)
+    shared, plain = (torch.stack(score(model, collate(pairs, share))) for share in (True, False))
+    assert torch.allclose(shared, plain, atol=1e-12)
 
 
 def test_answers_may_be_one_token():
     model, pairs = small_model(), [Pair([1, 4, 3], [5], [8])]
-    with_trunk, plain = (torch.stack(score(model, collate(pairs, share))) for share in (True, False))
-    assert torch.allclose(with_trunk, plain, atol=1e-12)
+    shared, plain = (torch.stack(score(model, collate(pairs, share))) for share in (True, False))
+    assert torch.allclose(shared, plain, atol=1e-12)
 
 
 # ---------------------------------------------------------------- twins

@@ -12,13 +12,14 @@ import mutants
 from conftest import ROOT
 from mutants import MUTANTS, STATIONS
 
-FILES = ("losses.py", "buffer.py", "model.py", "sapo.py", "tools/mutants.py")
+FILES = ("losses.py", "buffer.py", "model.py", "sapo.py", "machine/folders.py", "tools/mutants.py")
 NAMES = [re.sub(r"[^\w.]+", "_", f"{m.file} {m.name}") for m in MUTANTS]
 
 
 @pytest.fixture
 def copied(tmp_path):
     """A small copy of the project, to plant in."""
+    (tmp_path / "tests").mkdir()
     for file in FILES:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)

@@ -11,19 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, make_pairs, random_texts, small_model
 
+import losses
 import plan
 import sapo
 import train
 from buffer import Pair, collate
-from conftest import ROOT, random_texts, small_model
 from losses import LOGITS, preference_loss, scored_tokens
-from machine.flags import Config, checked
-from machine.folders import BadInput, companions, config_from_dict, save_pretrained
-from machine.parallel import World
+from machine.files import BadInput
+from machine.flags import Command, Config, checked
+from machine.folders import companions, config_from_dict, save_pretrained
+from machine.parallel import World, starting_model
 from model import add_lora, generate
 from plan import MODELS, STANDING, Job
-from sapo import Example, SAPOConfig, State, make_pairs, sapo_step
+from sapo import Example, SAPOConfig, State, sapo_step
 
 SIZES = {"small": dict(vocab_size=1024, hidden_size=26, num_hidden_layers=2, max_position_embeddings=256),
          "large": dict(vocab_size=1031, hidden_size=48, intermediate_size=75, num_hidden_layers=3, max_position_embeddings=256, tie_word_embeddings=True, qk_norm=True,
@@ -39,7 +41,7 @@ def write_models(folder):
 
 
 def bytes_of(tensors, seen):
-    """Bytes of the storages behind tensors (a divided tensor's own piece), each storage once, none that was `seen` before."""
+    """Bytes of the storages behind tensors (a sharded tensor's own shard), each storage once, none that was `seen` before."""
     total = 0
     for t in tensors:
         storage = getattr(t, "to_local", lambda: t)().untyped_storage()
@@ -51,18 +53,17 @@ def bytes_of(tensors, seen):
 
 def live(folder, mode, loss, optimizer, dtype, out, world):
     """{item: bytes} of a real Run after one step of Algorithm 1."""
-    cfg = checked(Config(model=str(folder), data=str(ROOT / "data/tiny_validation.jsonl"), eval_data=str(ROOT / "data/tiny_validation.jsonl"), out=str(out),
-                                     loss=loss, optimizer=optimizer, dtype=dtype, batch_size=4, micro_batch=1, segment="4", lora=RANK if mode == "lora" else 0,
-                                     shard=mode == "shard", device="cpu", max_length=64))
-    run = train.Run(cfg, None, None, world)
-    run.model = run.starting_model()
+    rows = str(ROOT / "data/tiny_validation.jsonl")
+    cfg = checked(Config(model=str(folder), data=rows, eval_data=rows, out=str(out), loss=loss, optimizer=optimizer, dtype=dtype, batch_size=4,
+                         micro_batch=1, segment="4", lora=RANK if mode == "lora" else 0, shard=mode == "shard", device="cpu", max_length=64))
+    run = train.Run(Command(cfg, None, None), world)
+    run.model = starting_model(run.cfg, run.inputs.config, run.inputs.base, world, run.half)
     run.begin_sapo()
-    run.refresh_writer()
-    sapo_step(run.state, run.draw, run.local, run.autocast)
+    sapo_step(run.state, run.draw, run.cfg, run.autocast)
     state, seen, parameters = run.state, set(), list(run.model.parameters())
     moments = [v for group in state.optimizer.state.values() for v in group.values()]
     kinds = {"weights": parameters, "gradients": [p.grad for p in parameters if p.grad is not None], "moments": moments, "EMA": state.ema.parameters(),
-             "writer": state.writer.parameters(), "reference": state.reference.parameters() if state.reference else []}
+             "generator": state.generator.parameters(), "reference": state.reference.parameters() if state.reference else []}
     return {kind: bytes_of(tensors, seen) for kind, tensors in kinds.items()}
 
 
@@ -94,7 +95,7 @@ def test_public_sizes_come_out_right(name, parameters):
     config = config_from_dict(MODELS[name])
     assert sum(np.prod(shape) for shape, _ in plan.shapes(config, 0).values()) == parameters
     items = plan.standing(config, "ddp", Job(optimizer="adamw"))
-    assert sum(items.values()) // parameters == 26, "float32 AdamW, DPO and a bfloat16 writer: 26 bytes a parameter"
+    assert sum(items.values()) // parameters == 26, "float32 AdamW, DPO and a bfloat16 generator: 26 bytes a parameter"
 
 
 # ---------------------------------------------------------------- activations
@@ -121,7 +122,7 @@ def kept_bytes(model, batch, cfg, autocast):
 @pytest.mark.parametrize("heads", [2, 6])
 def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, mode, half, loss, checkpointing, heads):
     if loss == "orpo":                                      # ... and with the head in chunks, computed again
-        for module in (plan, sapo):
+        for module in (plan, losses):
             for limit in ("LOGITS", "KEPT"):
                 monkeypatch.setattr(module, limit, 61 * 50)
     P, S, pairs, layers = 90, 40, 3, 8
@@ -137,7 +138,7 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, m
     rows = [Pair(prompt, [1] + c, [2] + r) for c, r in zip(chosen, rejected)]
     cfg = SAPOConfig(loss=loss)
     batch = collate(rows, **scored_tokens(cfg))
-    assert batch.trunk == P - 1 and batch.ids.shape[1] == P - 1 + 2 * (S + 1)
+    assert batch.prefix == P - 1 and batch.ids.shape[1] == P - 1 + 2 * (S + 1)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     measured = kept_bytes(model, batch, cfg, autocast)
     if mode == "ddp" and half:                              # what autocast casts is the plan's `copies`
@@ -145,14 +146,14 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, m
     elif mode == "lora" and not checkpointing:
         measured -= 2 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     labels = int((batch.labels != -100).sum()) // pairs
-    planned = plan.kept(model.config, mode, Job(lora=RANK, half=half, gradient_checkpointing=checkpointing), pairs, batch.trunk, S + 1, labels)
+    planned = plan.kept(model.config, mode, Job(lora=RANK, half=half, gradient_checkpointing=checkpointing), pairs, batch.prefix, S + 1, labels)
     assert 0.85 < planned / measured < 1.15, (planned, measured)
 
 
 def test_the_highest_moment_grows_with_the_micro_batch_and_the_largest_that_fits_does_fit():
     config = config_from_dict(MODELS["Mistral-7B"])
     for mode in plan.MODES:
-        peaks = [plan.peak(config, mode, Job(micro_batch=m, write_rows=1))[0]["peak"] for m in (1, 2, 4, 8)]
+        peaks = [plan.peak(config, mode, Job(micro_batch=m, generate_rows=1))[0]["peak"] for m in (1, 2, 4, 8)]
         assert peaks == sorted(peaks) and plan.fit(config, mode, Job(), peaks[0] - 1)[0] is None
         best, size = plan.fit(config, mode, Job(), peaks[1])
         assert best.micro_batch >= 2 and size <= peaks[1]
@@ -198,13 +199,13 @@ def test_a_config_that_cannot_be_planned_is_one_line_and_exit_code_2(tmp_path, c
         plan.read(path)
 
 
-def test_writing_few_rows_at_once_changes_nothing(monkeypatch):
-    """What --write-rows saves in memory costs no bit of the result."""
+def test_generating_few_rows_at_once_changes_nothing(monkeypatch):
+    """What --generate-rows saves in memory costs no bit of the result."""
     rows, texts, most = [Example(p, c) for p, c in zip(random_texts(range(3, 14)), random_texts([9] * 11, seed=1))], [], []
     real = generate
     monkeypatch.setattr(sapo, "generate", lambda model, prompts, *more: most.append(len(prompts)) or real(model, prompts, *more))
     for at_once in (64, 4, 1):
-        cfg = SAPOConfig(batch_size=4, buffer_size=4, segment="5", write_rows=at_once)
+        cfg = SAPOConfig(batch_size=4, buffer_size=4, segment="5", generate_rows=at_once)
         texts.append([p.rejected for p in make_pairs(State.start(small_model(), cfg, (2,)), rows, cfg)])
     assert texts[0] == texts[1] == texts[2] and most == [11, 4, 4, 3] + [1] * 11
 

@@ -20,21 +20,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from buffer import unpack
 from conftest import ROOT, oracle, randomise
 from machine.checkpoint import from_disk
 from machine.dataset import Row, Text
-from machine.flags import TINY, Config
+from machine.flags import DATA, Config
 from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained
 from model import Transformer, generate
 
 EOS = 1                                                  # <|end|>, of the tiny tokenizer
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 SETTINGS = ("--from-scratch --device cpu --sft-steps 4 --sft-batch-size 4 --sft-lr 1e-2 --steps 8 --batch-size 4 --micro-batch 2 --segment 5 "
-            "--buffer-size 12 --write-ahead 2 --lr 3e-3 --optimizer adamw --warmup 2 --ema-every 3 --ref-refresh 4 --max-prompt-length 48 --max-length 160 "
+            "--buffer-size 12 --generate-ahead 2 --lr 3e-3 --optimizer adamw --warmup 2 --ema-every 3 --ref-refresh 4 --max-prompt-length 48 --max-length 160 "
             "--eval-every 3 --save-every 2 --eval-tokens 6 --samples 2 --show-every 3").split()
 
 
@@ -157,11 +157,11 @@ def differences(a, b):
 
 def make_world(folder):
     """Flags of a small run: model, data and settings, all of it in `folder`."""
-    shutil.copytree(TINY / "tiny_model", folder / "base")
+    shutil.copytree(DATA / "tiny_model", folder / "base")
     config = json.loads((folder / "base/config.json").read_text())
     (folder / "base/config.json").write_text(json.dumps(config | SMALL))
-    rows = {name: lines(TINY / f"tiny_{name}.jsonl")[:n] for name, n in (("train", 26), ("base", 22), ("test", 6))}
-    for row, other in zip(rows["test"][::2], rows["train"]):       # some held-out rows bring a worse answer, the others get one written
+    rows = {name: lines(DATA / f"tiny_{name}.jsonl")[:n] for name, n in (("train", 26), ("base", 22), ("test", 6))}
+    for row, other in zip(rows["test"][::2], rows["train"]):       # some held-out rows bring a worse answer, the others get one made
         row["rejected"] = other["chosen"]
     rows["test"][2]["rejected"] = "Qzx! Vjk?"            # rare and short: less likely a token, more likely in all
     for name, part in rows.items():
@@ -188,7 +188,7 @@ def copy(whole, tmp_path):
 
 
 def tuned(world, base, *more):
-    """Flags for a run on the weights that another run wrote: no warm-up."""
+    """Flags for a run on the weights that another run wrote: no SFT."""
     flags = [*world]
     for flag, value in (("--model", base), ("--sft-steps", 0)):
         flags[flags.index(flag) + 1] = value
@@ -229,7 +229,7 @@ def test_metrics_jsonl_has_one_line_a_step_under_the_usual_names(whole):
         [(n, None, True) for n in (1, 2, 3, 4)] + [(None, n, kind) for n, kind in ((0, False), (1, True), (2, True), (3, True), (3, False), (4, True), (5, True),
                                                                                  (6, True), (6, False), (7, True), (8, True), (8, False))])
     names = {"step", "epoch", "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-             "logps/rejected", "gen/eos_fraction", "pairs/identical", "buffer/size", "buffer/age", "buffer/uses", "time/generate", "time/train", "pairs/chosen_judge"}
+             "logps/rejected", "gen/eos_fraction", "pairs/identical", "buffer/size", "buffer/staleness", "buffer/uses", "time/generate", "time/train", "pairs/chosen_verified"}
     for row in rows:
         if "loss" in row and "step" in row:
             assert names <= set(row) and all(math.isfinite(v) for v in row.values())
@@ -237,7 +237,7 @@ def test_metrics_jsonl_has_one_line_a_step_under_the_usual_names(whole):
     assert [r["buffer/size"] for r in rows if "buffer/size" in r] == [4, 8, 12, 12, 12, 12, 12, 12]
     assert [r["learning_rate"] for r in rows if "loss" in r and "step" in r] == pytest.approx([3e-3 * x for x in (.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
     for m in ("start", "policy", "ema"):
-        assert {f"eval/{m}/{k}" for k in ("nll", "accuracy", "margin", "judge, greedy", "judge, sampled", "judge, temperature 1")} <= set().union(*rows)
+        assert {f"eval/{m}/{k}" for k in ("nll", "ranking_accuracy", "gap_change", "verifier/greedy", "verifier/sampled", "verifier/temperature_1")} <= set().union(*rows)
 
 
 def test_pairs_jsonl_shows_that_a_b_and_c_are_the_chosen_response(whole, world):
@@ -250,14 +250,14 @@ def test_pairs_jsonl_shows_that_a_b_and_c_are_the_chosen_response(whole, world):
 
 
 def test_samples_are_the_same_prompts_before_and_after(whole, world):
-    held = lines(world[world.index("--eval-data") + 1])
+    rows = lines(world[world.index("--eval-data") + 1])
     samples = lines(whole / "samples.jsonl")
     assert len(samples) == 2 and all(set(s) == {"prompt", "chosen", "start", "policy", "ema"} for s in samples)
-    assert all(row["prompt"] in s["prompt"] and s["chosen"] == row["chosen"] for row, s in zip(held, samples))
+    assert all(row["prompt"] in s["prompt"] and s["chosen"] == row["chosen"] for row, s in zip(rows, samples))
     model = load_pretrained(whole / "model")
     text = Text(companions(whole / "model"), whole / "model", model.config)
-    for row, s in zip(held, samples):
-        prompt = text.encode([Row(row, "held")])[0][0]
+    for row, s in zip(rows, samples):
+        prompt = text.encode([Row(row, "eval")])[0][0]
         assert text.decode(generate(model, [prompt], [6], (EOS,), temperature=0, vocab=text.vocab)[0], True) == s["policy"]
 
 
@@ -277,7 +277,7 @@ def test_the_default_job_is_the_same_run_twice_and_says_what_it_did(tmp_path):
         done = subprocess.run([sys.executable, "train.py", "--out", tmp_path / name, *short], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": {"a": "1", "b": "2"}[name]})
         assert done.returncode == 0 and not done.stderr, done.stderr
-        assert "held out" in done.stdout and "before  " in done.stdout and "y-  " in done.stdout
+        assert "eval: 6 rows" in done.stdout and "\neval  " in done.stdout and "before  " in done.stdout and "y-  " in done.stdout
     assert not differences(tmp_path / "a", tmp_path / "b")
     assert FILES <= {p.name for p in (tmp_path / "a").iterdir()}
     assert json.loads((tmp_path / "a/config.json").read_text())["preset"] == "tiny"
@@ -329,26 +329,26 @@ def gap_by_hand(model, pair):
 
 def test_evaluation_is_what_a_loop_over_transformers_logits_gives(whole, world, tmp_path):
     transformers = oracle("transformers")
-    held = unpack(from_disk(checkpoints(whole)[-1] / "rank-0")["held"])
+    pairs = unpack(from_disk(checkpoints(whole)[-1], "rank-0")["eval_pairs"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "model")
-    for pair, row in zip(held, lines(world[world.index("--eval-data") + 1]), strict=True):       # the right texts, by another's template and tokenizer
+    for pair, row in zip(pairs, lines(world[world.index("--eval-data") + 1]), strict=True):       # the right texts, by another's template and tokenizer
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}]
         assert tokenizer.apply_chat_template(turns, tokenize=False) == tokenizer.decode(pair.prompt + pair.chosen)
         assert "rejected" not in row or tokenizer.decode(pair.rejected, skip_special_tokens=True) == row["rejected"]
     shutil.copytree(whole / "model", tmp_path / "start")
-    weights = load_file(checkpoints(whole)[1] / "policy.safetensors")                           # step 4: the warm-up is over
-    train.save_file({k.removeprefix("policy."): v for k, v in weights.items()}, tmp_path / "start/model.safetensors", {"format": "pt"})
+    weights = load_file(checkpoints(whole)[1] / "policy.safetensors")                           # step 4: SFT is over
+    save_file({k.removeprefix("policy."): v for k, v in weights.items()}, tmp_path / "start/model.safetensors", {"format": "pt"})
     folders = {"start": tmp_path / "start", "policy": whole / "model", "ema": whole / "ema"}
     models = {k: transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64, attn_implementation="eager") for k, f in folders.items()}
-    sides = {k: [gap_by_hand(model, pair) for pair in held] for k, model in models.items()}
+    sides = {k: [gap_by_hand(model, pair) for pair in pairs] for k, model in models.items()}
     found = {k: v for row in lines(whole / "metrics.jsonl") if row.get("step") in (0, 8) for k, v in row.items()}
     gaps = {k: [c[0] - r[0] for c, r in s] for k, s in sides.items()}
     for name, rows in sides.items():
-        assert found[f"eval/{name}/nll"] == pytest.approx(-sum(c[0] for c, _ in rows) / sum(len(p.chosen) for p in held), rel=1e-5)
-        assert found[f"eval/{name}/accuracy"] == pytest.approx(sum(c[1] > r[1] for c, r in rows) / len(held))
-        assert found[f"eval/{name}/margin"] == pytest.approx(sum(g - s for g, s in zip(gaps[name], gaps["start"])) / len(held), abs=2e-4)
+        assert found[f"eval/{name}/nll"] == pytest.approx(-sum(c[0] for c, _ in rows) / sum(len(p.chosen) for p in pairs), rel=1e-5)
+        assert found[f"eval/{name}/ranking_accuracy"] == pytest.approx(sum(c[1] > r[1] for c, r in rows) / len(pairs))
+        assert found[f"eval/{name}/gap_change"] == pytest.approx(sum(g - s for g, s in zip(gaps[name], gaps["start"])) / len(pairs), abs=2e-4)
     assert {c[1] > r[1] for c, r in sides["policy"]} == {True, False} and any((c[1] > r[1]) != (c[0] > r[0]) for c, r in sides["policy"])
-    assert found["eval/start/margin"] == 0.0 and abs(found["eval/policy/margin"]) > 0.01
+    assert found["eval/start/gap_change"] == 0.0 and abs(found["eval/policy/gap_change"]) > 0.01
 
 
 def test_evaluating_changes_nothing_in_the_run(whole, world, tmp_path):
@@ -362,10 +362,11 @@ def test_evaluating_changes_nothing_in_the_run(whole, world, tmp_path):
 
 # ---------------------------------------------------------------- stop and go on
 
-STOPS = {"warm-up": ("warm_up_step", 2), "the end of the warm-up": ("warm_up_step", 4), "writing held-out y-": ("Run.hold_out", 1), "evaluating the start": ("score", 2),
-         "answering at the start": ("generate", 3), "the first step": ("sapo_step", 1), "between two saves": ("sapo_step", 5), "evaluating at step 3": ("evaluate", 2),
-         "evaluating the EMA at step 6": ("evaluate", 5), "saving": ("write_checkpoint", 4), "the last step": ("sapo_step", 8), "the last evaluation": ("evaluate", 6)}
-QUICK = ("warm-up", "the first step", "evaluating at step 3", "the last evaluation")
+STOPS = {"SFT": ("sft_step", 2), "the end of SFT": ("sft_step", 4), "generating held-out y-": ("eval_pairs", 1), "evaluating the start": ("machine.report.score", 2),
+         "answering at the start": ("machine.report.generate", 3), "the first step": ("sapo_step", 1), "between two saves": ("sapo_step", 5),
+         "evaluating at step 3": ("Evaluation.measure", 2), "evaluating the EMA at step 6": ("Evaluation.measure", 5), "saving": ("checkpoint.write_checkpoint", 4),
+         "the last step": ("sapo_step", 8), "the last evaluation": ("Evaluation.measure", 6)}
+QUICK = ("SFT", "the first step", "evaluating at step 3", "the last evaluation")
 
 
 @pytest.mark.parametrize("where", [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in STOPS])
@@ -381,12 +382,12 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(whole, world, tmp_path
 @pytest.mark.parametrize("more", [["--loss", "orpo"], ["--lora", 2], ["--loss", "orpo", "--lora", 2], ["--replay", "inverse-count", "--optimizer", "rmsprop"],
                                   ["--rejected", "data"], ["--loss", "slic", "--dtype", "bfloat16"]], ids=lambda m: " ".join(map(str, m)))
 def test_so_does_every_other_kind_of_run(whole, world, tmp_path, more):
-    flags = tuned(world, whole / "model", *more, "--write-ahead", 1 + len(more))
+    flags = tuned(world, whole / "model", *more, "--generate-ahead", 1 + len(more))
     if "data" in more:
-        flags[flags.index("--data") + 1] = flags[flags.index("--sft-data") + 1] = TINY / "tiny_train.jsonl"
+        flags[flags.index("--data") + 1] = flags[flags.index("--sft-data") + 1] = DATA / "tiny_train.jsonl"
     run(tmp_path / "whole", *flags)
     run(tmp_path / "run", *flags, hook=stop_at("sapo_step", 3))
-    resume(tmp_path / "run", hook=stop_at("evaluate", 3))
+    resume(tmp_path / "run", hook=stop_at("Evaluation.measure", 3))
     resume(tmp_path / "run")
     assert not differences(tmp_path / "whole", tmp_path / "run")
 
@@ -431,7 +432,7 @@ def test_steps_0_only_evaluates_and_the_run_can_be_trained_later(whole, world, t
 
 def test_a_run_out_of_time_saves_and_goes_on_later(whole, world, tmp_path):
     printed = run(tmp_path / "run", *world, "--max-minutes", 1e-6)
-    assert "stopped after warm-up step 1 and saved; go on with: python train.py --resume" in printed
+    assert "stopped after SFT step 1 and saved; go on with: python train.py --resume" in printed
     resume(tmp_path / "run", "--max-minutes", 0)
     assert not differences(whole, tmp_path / "run")
 
@@ -448,7 +449,7 @@ def test_what_contradicts_the_saved_run_is_refused(copy, flags, words):
 
 def test_what_may_change_may_change(whole, world, tmp_path):
     run(tmp_path / "run", *world, hook=stop_at("sapo_step", 5))
-    resume(tmp_path / "run", "--save-every", 1, "--keep", 3, "--show-every", 5, "--write-ahead", 1, "--max-bad-steps", 2)
+    resume(tmp_path / "run", "--save-every", 1, "--keep", 3, "--show-every", 5, "--generate-ahead", 1, "--max-bad-steps", 2)
     assert [p.name for p in checkpoints(tmp_path / "run")] == [f"step-{n:08d}" for n in (10, 11, 12)]
     assert metrics(tmp_path / "run") == metrics(whole)
 
@@ -461,8 +462,8 @@ def test_other_data_are_refused_on_resume(world, tmp_path, flag):
     run(tmp_path / "run", *flags, hook=stop_at("sapo_step", 1))
     path = flags[flags.index(flag) + 1]
     rows = lines(path)
-    if flag == "--eval-data":                            # the texts stay, only what the judge asks changes
-        rows[1]["judge"]["must"] = ["platypus"]
+    if flag == "--eval-data":                            # the texts stay, only what the verifier asks changes
+        rows[1]["verifier"]["must"] = ["platypus"]
     else:
         rows[3]["chosen"] = rows[4]["chosen"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -484,8 +485,8 @@ def test_a_run_that_another_process_is_writing_is_left_alone(world, copy):
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     with open(copy / "config.json") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another process is writing this run" in resume(copy, code=2)
-        assert "another process is writing this run" in run(copy, *world, "--overwrite", code=2)
+        assert "another process writes this run" in resume(copy, code=2)
+        assert "another process writes this run" in run(copy, *world, "--overwrite", code=2)
     assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     resume(copy)
 
@@ -530,7 +531,7 @@ def test_a_folder_that_is_no_run_is_never_replaced(world, tmp_path):
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(whole, world, tmp_path):
-    process = start([*world, "--out", tmp_path / "run"], tmp_path / "log", stop_at("warm_up_step", 2, signal.SIGKILL))
+    process = start([*world, "--out", tmp_path / "run"], tmp_path / "log", stop_at("sft_step", 2, signal.SIGKILL))
     process.join(60)
     assert process.exitcode == -signal.SIGKILL and len(lines(tmp_path / "run/metrics.jsonl")) == 1
     resume(tmp_path / "run")

@@ -1,12 +1,13 @@
 """Algorithm 1 (sapo.py) as claims: the listing, the cut, who writes what, the buffer, the two losses, the EMA, the reference.
 
-Oracles: a float64 loop over one text at a time, closed forms, two plain rows in place of a shared trunk, one micro-batch
+Oracles: a float64 loop over one text at a time, closed forms, two plain rows in place of a shared prefix, one micro-batch
 in place of four. Left out: the formulas and the decoder by themselves, files, flags and processes; those have their own files.
 """
 
 import ast
 import contextlib
 import copy
+import dataclasses
 import inspect
 import itertools
 import math
@@ -18,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import sapo
-from buffer import Pair, collate
-from conftest import NUMBERS, ROOT, fits, small_model
+from buffer import Pair, ReplayBuffer, collate
+from conftest import NUMBERS, ROOT, fits, make_pairs, small_model
 from losses import IGNORE, preference_loss, score, scored_tokens
 from machine.folders import load_pretrained, save_pretrained
-from model import generate, twin
-from sapo import Example, SAPOConfig, State, accumulate_gradient, ema_update, make_pairs, sapo_step, split
+from model import add_lora, generate, own_parameters, twin
+from sapo import Example, SAPOConfig, State, accumulate_gradient, ema_update, named_moments, sapo_step, split
 
 VOCAB, EOS = NUMBERS["vocab_size"], 2
 ENDS = (EOS, 44)                                             # more than one token may end an answer
@@ -67,7 +69,7 @@ def stream(data):
 
 
 def triple(x, a, b, c, new, row=-1):
-    """The Pair of a cut (A, B, C) and of what was written in B's place."""
+    """The Pair of a cut (A, B, C) and of what was generated in B's place."""
     return Pair(x, a + b + c, a + new + ([] if new[-1] in ENDS else c), len(a), len(a) + len(b), len(a) + len(new), row)
 
 
@@ -176,8 +178,15 @@ def test_the_docstring_shows_the_nine_lines():
     assert [left for left, _ in lines] == list("12345") and [right for _, right in lines if right] == list("6789")
 
 
-def test_the_steps_inside_make_pairs_are_numbered_too():
-    assert re.findall(r"# \[(\d)\]$", inspect.getsource(make_pairs), re.M) == list("234")
+def test_the_nine_numbers_stand_near_the_top_on_one_screen():
+    """A reader who opens sapo.py finds all of Algorithm 1 without a search: in order, once each, in one function."""
+    lines = (ROOT / "sapo.py").read_text("utf-8").splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("def sapo_step("))
+    numbers = re.findall(r"\[(\d)\]", inspect.getsource(sapo_step))
+    near = re.findall(r"\[(\d)\]", "\n".join(lines[begin:begin + 45]))
+    assert numbers == list("123456789"), "each number once, and in order"
+    assert begin < 60, f"def sapo_step stands on line {begin + 1}"
+    assert near[:9] == list("123456789"), "the last of them is more than 45 lines below the first line of sapo_step"
 
 
 def imports(file):
@@ -191,7 +200,7 @@ def imports(file):
     return names
 
 
-@pytest.mark.parametrize("file, siblings", [("losses.py", set()), ("buffer.py", set()), ("model.py", set()),
+@pytest.mark.parametrize("file, siblings", [("losses.py", set()), ("buffer.py", {"losses"}), ("model.py", set()),
                                             ("sapo.py", {"losses", "buffer", "model"}), ("train.py", {"losses", "buffer", "model", "sapo"})])
 def test_imports_go_one_way(file, siblings):
     if file == "train.py" and not (ROOT / file).exists():
@@ -262,7 +271,7 @@ def test_y_plus_and_the_data_are_left_alone():
 
 
 def test_the_policy_never_writes(monkeypatch):
-    cfg = settings(ema_every="2", write_ahead=1)
+    cfg = settings(ema_every="2", generate_ahead=1)
     state, calls = start(cfg), watch(monkeypatch, sapo, "generate")
     for _ in range(3):
         sapo_step(state, stream(examples(9)), cfg)
@@ -270,7 +279,7 @@ def test_the_policy_never_writes(monkeypatch):
 
 
 @pytest.mark.parametrize("changed", ["policy", "ema", "reference"])
-def test_what_is_written_depends_on_the_ema_alone(changed):
+def test_what_is_generated_depends_on_the_ema_alone(changed):
     cfg, data = settings(), examples(20)
     one, two = start(cfg), start(cfg)
     sapo.copy_parameters(getattr(two, changed), small_model(77))
@@ -296,10 +305,10 @@ def test_sampling_follows_its_settings(monkeypatch):
     make_pairs(state, examples(5), cfg)
     given = inspect.signature(generate).bind(*calls[0][0]).arguments
     assert (given["temperature"], given["top_k"], given["top_p"], given["vocab"]) == (0.9, 11, 0.83, 50)
-    assert given["generator"] is state.sampler and set(given["eos"]) == set(ENDS) and not given["ban"]
+    assert given["rng"] is state.sample_rng and set(given["eos"]) == set(ENDS) and not given["ban"]
 
 
-def test_the_writer_is_given_x_and_A_only(monkeypatch):
+def test_the_generator_is_given_x_and_A_only(monkeypatch):
     cfg, data = settings(), examples(30)
     calls = watch(monkeypatch, sapo, "generate")
     pairs = make_pairs(start(cfg), data, cfg)
@@ -358,10 +367,10 @@ def test_the_datas_own_rejected_is_used_when_asked_and_nothing_is_written(monkey
 
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_writing_ahead_changes_nothing(loss):
+def test_generating_ahead_changes_nothing(loss):
     runs = []
     for ahead in (1, 3, 8):
-        cfg = settings(loss=loss, write_ahead=ahead, ema_every="4", ref_refresh="3", alpha=0.6)
+        cfg = settings(loss=loss, generate_ahead=ahead, ema_every="4", ref_refresh="3", alpha=0.6)
         state, draw = start(cfg), stream(examples(23))
         lines = [{k: v for k, v in sapo_step(state, draw, cfg).items() if not k.startswith(("time/", "gen/tokens"))} for _ in range(8)]
         runs.append((lines, list(state.buffer.pairs), weights(state.policy).tolist(), weights(state.ema).tolist()))
@@ -374,8 +383,8 @@ def test_an_ema_that_moves_every_epoch_needs_to_know_how_long_that_is():
         State.start(small_model(0), settings(ema_every="epoch"), [2])
 
 
-def test_segments_are_written_as_far_ahead_as_the_ema_stands_still(monkeypatch):
-    cfg = settings(ema_every="4", write_ahead=8)
+def test_segments_are_generated_as_far_ahead_as_the_ema_stands_still(monkeypatch):
+    cfg = settings(ema_every="4", generate_ahead=8)
     state, calls = start(cfg), watch(monkeypatch, sapo, "generate")
     for _ in range(9):
         sapo_step(state, stream(examples(23)), cfg)
@@ -398,7 +407,7 @@ def test_fresh_pairs_are_in_the_buffer_before_the_draw_and_the_oldest_leaves(mon
     assert any(p.step < step for step, (_, pairs) in enumerate(drawn[1:], 1) for p in pairs)
 
 
-def test_age_uses_and_size_of_the_buffer_are_reported(monkeypatch):
+def test_staleness_uses_and_size_of_the_buffer_are_reported(monkeypatch):
     cfg = settings(buffer_size=30)
     state = start(cfg)
     calls, draw, uses = watch(monkeypatch, state.buffer, "sample"), stream(examples(40)), Counter()
@@ -407,9 +416,9 @@ def test_age_uses_and_size_of_the_buffer_are_reported(monkeypatch):
         drawn = calls[-1][1]
         uses.update(id(p) for p in drawn)
         assert metrics["buffer/size"] == 4 * (step + 1)
-        assert metrics["buffer/age"] == pytest.approx(sum(step - p.row // 4 for p in drawn) / 4)   # four rows a step
+        assert metrics["buffer/staleness"] == pytest.approx(sum(step - p.row // 4 for p in drawn) / 4)   # four rows a step
         assert metrics["buffer/uses"] == pytest.approx(sum(uses[id(p)] for p in drawn) / 4)
-    assert metrics["buffer/age"] > 0 and metrics["buffer/uses"] > 1
+    assert metrics["buffer/staleness"] > 0 and metrics["buffer/uses"] > 1
 
 
 def test_training_uses_the_drawn_pairs_not_the_fresh_ones(monkeypatch):
@@ -434,24 +443,24 @@ def test_losses_and_gradients_are_those_of_a_loop_over_tokens(way):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=NAMES)
-def test_a_shared_trunk_equals_two_plain_rows(way):
+def test_a_shared_prefix_equals_two_plain_rows(way):
     cfg, model, reference = settings(**way), small_model(0), small_model(2)
     for name, pairs in {**{k: [p] for k, p in kinds().items()}, "all in one batch": list(kinds().values())}.items():
-        (trunk, _), (plain, _) = (losses_of(model, pairs, cfg, reference, share) for share in (True, False))
-        assert close(trunk, plain, 1e-10), name
-        assert close(gradient(model, trunk), gradient(model, plain), 1e-10), name
+        (shared, _), (plain, _) = (losses_of(model, pairs, cfg, reference, share) for share in (True, False))
+        assert close(shared, plain, 1e-10), name
+        assert close(gradient(model, shared), gradient(model, plain), 1e-10), name
 
 
-@pytest.mark.parametrize("share", [True, False], ids=["trunk", "plain"])
+@pytest.mark.parametrize("share", [True, False], ids=["prefix", "plain"])
 @pytest.mark.parametrize("way", WAYS[::3], ids=NAMES[::3])
 def test_recomputing_blocks_and_head_changes_nothing(way, share, monkeypatch):
     cfg, model, reference, pairs = settings(**way), small_model(0), small_model(2), list(kinds().values())
     want, _ = losses_of(model, pairs, cfg, reference, share)
     want_gradient = gradient(model, want)
     model.gradient_checkpointing = True
-    monkeypatch.setattr(sapo, "LOGITS", 7 * VOCAB)
-    monkeypatch.setattr(sapo, "KEPT", 9 * VOCAB)
-    heads = watch(monkeypatch, sapo, "token_logps")
+    monkeypatch.setattr(losses, "LOGITS", 7 * VOCAB)
+    monkeypatch.setattr(losses, "KEPT", 9 * VOCAB)
+    heads = watch(monkeypatch, losses, "token_logps")
     loss, _ = losses_of(model, pairs, cfg, reference, share)
     assert heads[-1][0][3:] == (7, 9), "the head really runs on seven tokens at a time"
     assert close(loss, want, 1e-12) and close(gradient(model, loss), want_gradient, 1e-10)
@@ -482,8 +491,9 @@ def test_labels_are_the_response_and_nothing_of_the_prompt(name):
     said = lambda row: row[row != IGNORE].tolist()
     plain, batch = collate([p, kinds()["long"]], share=False), collate([p, kinds()["long"]])
     assert [said(plain.labels[0]), said(plain.labels[2])] == [p.chosen, p.rejected]
-    trunk, chosen, rejected = batch.labels[0].split([batch.trunk, (batch.labels.shape[1] - batch.trunk) // 2] + [(batch.labels.shape[1] - batch.trunk) // 2])
-    assert [said(trunk) + said(chosen), said(trunk) + said(rejected)] == [p.chosen, p.rejected]
+    S = (batch.labels.shape[1] - batch.prefix) // 2
+    prefix, chosen, rejected = batch.labels[0].split([batch.prefix, S, S])
+    assert [said(prefix) + said(chosen), said(prefix) + said(rejected)] == [p.chosen, p.rejected]
     assert plain.lengths[0].tolist()[:2] == batch.lengths[0].tolist()[:2] == [len(p.chosen), len(p.rejected)]
 
 
@@ -491,10 +501,10 @@ def test_labels_are_the_response_and_nothing_of_the_prompt(name):
 def test_a_label_is_the_token_after(name):
     p = kinds()[name]
     batch = collate([p, kinds()["long"]])
-    S = (batch.ids.shape[1] - batch.trunk) // 2
-    for y, column in ((p.chosen, batch.trunk), (p.rejected, batch.trunk + S)):
+    S = (batch.ids.shape[1] - batch.prefix) // 2
+    for y, column in ((p.chosen, batch.prefix), (p.rejected, batch.prefix + S)):
         text = p.prompt + y
-        for at in [*range(batch.trunk), *range(column, column + S)]:
+        for at in [*range(batch.prefix), *range(column, column + S)]:
             if batch.labels[0, at] != IGNORE:
                 place = int(batch.positions[0, at])
                 assert (batch.ids[0, at], batch.labels[0, at]) == (text[place], text[place + 1])
@@ -559,7 +569,7 @@ def test_pairs_stand_on_both_sides_of_the_slic_hinge():
         assert beyond.any() and not beyond.all()
 
 
-@pytest.mark.parametrize("share", [True, False], ids=["trunk", "plain"])
+@pytest.mark.parametrize("share", [True, False], ids=["prefix", "plain"])
 @pytest.mark.parametrize("way", WAYS, ids=NAMES)
 @torch.no_grad()
 def test_the_gap_is_that_of_the_segments_and_that_of_the_seam(way, share):
@@ -684,7 +694,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_seen():
     assert math.isnan(metrics["grad_norm"]) and "ema/distance" not in metrics
     assert torch.equal(policy, weights(state.policy)) and torch.equal(ema, weights(state.ema))
     assert all(map(torch.equal, moments, [m["exp_avg"] for m in state.optimizer.state.values()]))
-    assert (state.step, state.ema_version) == (2, 1)
+    assert state.step == 2
     hook.remove()
     sapo_step(state, draw, cfg)                              # and the next good step goes on
     assert weights(state.policy).isfinite().all() and not torch.equal(policy, weights(state.policy))
@@ -750,7 +760,7 @@ def test_the_ema_moves_every_k_steps_after_the_optimizer():
         if step % 3 == 0:
             ema = 0.3 * ema + 0.7 * weights(state.policy)    # the policy as it is after this step
         assert close(weights(state.ema), ema, 1e-13), f"step {step}"
-        assert ("ema/distance" in metrics) == (step % 3 == 0) and state.ema_version == step // 3
+        assert ("ema/distance" in metrics) == (step % 3 == 0)
 
 
 def test_the_ema_of_an_epoch_moves_at_its_end():
@@ -830,9 +840,9 @@ def test_at_the_start_ema_and_reference_are_copies_of_the_policy_that_do_not_tra
     for model in (state.ema, state.reference):
         for theirs, mine in zip(model.parameters(), policy.parameters()):
             assert torch.equal(theirs, mine) and theirs.data_ptr() != mine.data_ptr() and not theirs.requires_grad
-    assert len({id(policy), id(state.ema), id(state.reference)}) == 3 and state.policy is policy and state.writer is state.ema
+    assert len({id(policy), id(state.ema), id(state.reference)}) == 3 and state.policy is policy and state.generator is state.ema
     assert all(p.requires_grad for p in policy.parameters())
-    assert (len(state.buffer), len(state.written), state.step) == (0, 0, 0)
+    assert (len(state.buffer), len(state.ahead), state.step) == (0, 0, 0)
     assert (state.buffer.pairs.maxlen, state.buffer.replay) == (77, "inverse-count")
     assert (state.optimizer.defaults["lr"], state.optimizer.defaults["weight_decay"]) == (0.004, 0.0)
 
@@ -846,6 +856,170 @@ def test_orpo_and_slic_have_no_reference(loss):
     assert "nll_loss" in metrics and math.isfinite(metrics["loss"])
 
 
+# ------------------------------------------------------------------------------------------------ saving
+
+DERIVED = {"generator": "a copy of the EMA, which whoever loads makes anew", "clock": "the seconds of one step"}
+SAVED = {       # when a run is saved: its settings, how many steps it has gone, how many pairs are made ahead
+    "dpo": (dict(loss="dpo", ref_refresh="3", ema_every="2"), 8, 0),
+    "dpo, pairs ahead": (dict(loss="dpo", ref_refresh="3", ema_every="4", buffer_size=9), 6, 8),
+    "orpo, inverse-count": (dict(loss="orpo", ema_every="3", replay="inverse-count"), 4, 8),
+    "adapters": (dict(loss="dpo", ref_refresh="3", ema_every="4"), 6, 8),
+    "before the first step": (dict(loss="dpo"), 0, 0)}
+
+
+def saving(cfg, case, stranger=False):
+    """A State that has yet to take a step. A stranger has other weights, random numbers and steps, yet the same frozen ones."""
+    if case == "adapters":
+        policy = add_lora(small_model(0), 3, 7.5, torch.Generator().manual_seed(4))
+    else:
+        policy = small_model(7 if stranger else 0)
+    state = State.start(policy, cfg, eos=ENDS, seed=99 if stranger else 5, lr=0.01, generator=twin(policy).float(),
+                        steps_per_epoch=4, optimizer=torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=0.01))
+    for i, model in enumerate(state.models().values()):
+        with torch.no_grad():
+            for p in own_parameters(model).values():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * stranger + i), dtype=p.dtype))
+    if stranger:
+        state.step, state.ref_version = 1234, 56
+        state.ahead.append(kinds()["plain"])
+        state.buffer.add(kinds()["long"])
+    sapo.copy_parameters(state.generator, state.ema)
+    return state
+
+
+@torch.no_grad()
+def fill(state, saved):
+    """What machine/checkpoint.py does with what `state_dict` gave: weights, moments by name, the rest by load_state_dict."""
+    for name, model in state.models().items():
+        parameters = own_parameters(model)
+        assert saved[name].keys() == parameters.keys()
+        for key, tensor in saved[name].items():
+            parameters[key].copy_(tensor)
+    names = [name for name, p in state.policy.named_parameters() if p.requires_grad]
+    moments = {i: saved["optimizer"][name] for i, name in enumerate(names) if name in saved["optimizer"]}
+    state.optimizer.load_state_dict(state.optimizer.state_dict() | {"state": moments})
+    state.load_state_dict(saved)
+    sapo.copy_parameters(state.generator, state.ema)
+    return state
+
+
+def contents(value):
+    """Everything that a value holds, as plain data that can be compared with ==; it knows no kind of value it was not told of."""
+    if isinstance(value, torch.nn.Module):
+        return {name: contents(p) for name, p in value.named_parameters()}
+    if isinstance(value, torch.optim.Optimizer):
+        return contents(value.state_dict())
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, np.random.Generator):
+        return contents(value.bit_generator.state)
+    if isinstance(value, torch.Generator):
+        return contents(value.get_state())
+    if isinstance(value, Pair):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, (ReplayBuffer, sapo.Clock)):
+        return {name: contents(v) for name, v in vars(value).items()}
+    if isinstance(value, dict):
+        return {k: contents(v) for k, v in value.items()}
+    if hasattr(value, "maxlen"):
+        return value.maxlen, [contents(v) for v in value]
+    if isinstance(value, (list, tuple)):
+        return [contents(v) for v in value]
+    assert value is None or type(value) in (bool, int, float, str), f"say here how to compare a {type(value).__name__}"
+    return value
+
+
+def fields_of(state):
+    """{name: contents} of all that a State holds, fields or not."""
+    return {name: contents(value) for name, value in vars(state).items()}
+
+
+def stream_from(at):
+    """draw(n), of which `at` rows were drawn already."""
+    rows = itertools.islice(itertools.cycle(examples(23)), at, None)
+    return lambda n: list(itertools.islice(rows, n))
+
+
+def untimed(metrics):
+    return {k: v for k, v in metrics.items() if not k.startswith(("time/", "gen/tokens"))}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_state_goes_on_bit_for_bit_from_its_state_dict(case):
+    """A fresh State with other weights, random numbers and capacity, filled from it, takes the same steps as the one that was saved."""
+    change, steps, ahead = SAVED[case]
+    cfg = settings(**change)
+    one, two = saving(cfg, case), saving(settings(**change | {"buffer_size": 3}), case, stranger=True)
+    draw = stream_from(0)
+    for _ in range(steps):
+        sapo_step(one, draw, cfg)
+    assert len(one.ahead) == ahead
+    fill(two, copy.deepcopy(one.state_dict()))
+    draws = draw, stream_from(cfg.batch_size * two.step + len(two.ahead))
+    for step in range(3):
+        ours, theirs = (untimed(sapo_step(state, rows, cfg)) for state, rows in zip((one, two), draws))
+        assert ours == theirs, f"step {step + 1} after loading"
+        assert torch.equal(weights(one.policy), weights(two.policy)) and torch.equal(weights(one.ema), weights(two.ema))
+        assert list(one.buffer.pairs) == list(two.buffer.pairs) and list(one.ahead) == list(two.ahead)
+    assert one.ref_version == two.ref_version and (one.reference is None or torch.equal(weights(one.reference), weights(two.reference)))
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_whatever_a_step_changes_is_saved_or_derived(case):
+    """All that a State holds is walked: what changes in a step must come back, so nothing that is added can be forgotten."""
+    change, steps, ahead = SAVED[case]
+    cfg = settings(**change)
+    one, two = saving(cfg, case), saving(settings(**change | {"buffer_size": 3}), case, stranger=True)
+    before, draw = fields_of(one), stream_from(0)
+    for _ in range(steps):
+        sapo_step(one, draw, cfg)
+    fill(two, copy.deepcopy(one.state_dict()))
+    after, loaded = fields_of(one), fields_of(two)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert set(after) == {f.name for f in dataclasses.fields(State)}, "a step makes nothing that is not a field"
+    if steps:
+        ours = {"policy", "ema", "generator", "optimizer", "buffer", "cut_rng", "sample_rng", "step", "clock"}
+        expected = ours | ({"reference", "ref_version"} if cfg.loss == "dpo" else set()) | ({"ahead"} if ahead else set())
+        assert changed >= expected, "else the run proves nothing"
+    lost = {name for name in after if after[name] != loaded[name]} - DERIVED.keys()
+    assert not lost, f"state_dict and load_state_dict forget {sorted(lost)}"
+    same = {k: v for k, v in after.items() if k != "clock"} == {k: v for k, v in loaded.items() if k != "clock"}
+    assert same, "and the generator is the EMA's copy in both"
+
+
+def test_a_saved_state_names_moments_by_parameter_and_holds_the_adapters_alone():
+    cfg = settings()
+    full, adapted = saving(cfg, "dpo"), saving(cfg, "adapters")
+    for state in (full, adapted):
+        sapo_step(state, stream_from(0), cfg)
+        saved = state.state_dict()
+        trained = {name for name, p in state.policy.named_parameters() if p.requires_grad}
+        assert saved.keys() == {"policy", "ema", "reference", "optimizer", "shared", "own"}
+        assert saved["optimizer"].keys() == trained == set(named_moments(state.policy, state.optimizer))
+        for name, p in state.policy.named_parameters():
+            if p.requires_grad:
+                assert saved["optimizer"][name]["exp_avg"] is state.optimizer.state[p]["exp_avg"]
+    assert full.state_dict()["policy"].keys() == {name for name, _ in full.policy.named_parameters()}
+    assert {name.rpartition(".")[2] for name in adapted.state_dict()["ema"]} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_generator_of_its_own_follows_the_ema(dtype, monkeypatch):
+    """After each step it is the EMA in its own dtype, and it generates, not the EMA."""
+    cfg = settings(ema_every="2", generate_ahead=1)
+    state = start(cfg, generator=small_model(5, dtype))
+    sapo.copy_parameters(state.generator, state.ema)
+    calls, draw = watch(monkeypatch, sapo, "generate"), stream(examples(9))
+    before = weights(state.generator)
+    for step in range(1, 5):
+        sapo_step(state, draw, cfg)
+        assert torch.equal(weights(state.generator), weights(state.ema).to(dtype))
+        assert torch.equal(before, weights(state.generator)) == (step == 1)
+    assert len(calls) == 4 and all(arguments[0] is state.generator for arguments, _ in calls)
+
+
 # ------------------------------------------------------------------------------------------------ small things
 
 @pytest.mark.parametrize("every, steps", [("never", 0), ("epoch", 17), ("5", 5)])
@@ -857,13 +1031,13 @@ def test_a_period_is_a_number_of_steps(every, steps):
 def test_steps_until_the_next_update(every, step, left):
     state = start(settings(), steps_per_epoch=17)
     state.step = step
-    assert sapo.steps_until(every, state) == left
+    assert [sapo.steps_ahead(state, settings(ema_every=every, generate_ahead=most)) for most in (99, 3, 1)] == [left, min(left, 3), 1]
 
 
 def test_cuts_texts_and_draws_each_follow_the_seed():
     def first_numbers(seed):
         state = start(settings(), seed=seed)
-        return [state.cuts.integers(2**60), torch.randint(2**60, (1,), generator=state.sampler).item(), state.buffer.rng.integers(2**60)]
+        return [state.cut_rng.integers(2**60), torch.randint(2**60, (1,), generator=state.sample_rng).item(), state.buffer.rng.integers(2**60)]
 
     one, same, other = map(first_numbers, (6, 6, 7))
     assert one == same and not any(a == b for a, b in zip(one, other))
@@ -881,7 +1055,7 @@ def test_the_same_seed_gives_the_same_run():
 
 def test_metrics_have_the_names_that_trl_users_know():
     common = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
-              "pairs/identical", "pairs/segment_gap", "pairs/seam_gap", "buffer/size", "buffer/age", "buffer/uses", "gen/eos_fraction", "gen/tokens_per_second", "ema/distance",
+              "pairs/identical", "pairs/segment_gap", "pairs/seam_gap", "buffer/size", "buffer/staleness", "buffer/uses", "gen/eos_fraction", "gen/tokens_per_second", "ema/distance",
               "time/generate", "time/train", "bad_rows"}
     for loss, more in (("dpo", set()), ("orpo", {"nll_loss", "log_odds_ratio"}), ("slic", {"nll_loss"})):
         cfg = settings(loss=loss, ema_every="1")
@@ -892,36 +1066,43 @@ def test_metrics_have_the_names_that_trl_users_know():
 
 def test_reading_the_prompts_and_writing_are_timed_apart():
     """One pass over all prompts, then one for each further token of the longest budget."""
-    model, stages, passes = small_model(0), [], []
-    model.register_forward_hook(lambda *_: passes.append(stages[-1] if stages else "outside"))
-
-    @contextlib.contextmanager
-    def timed(stage):
-        stages.append(stage)
-        yield
-        stages.append(f"after {stage}")
-
-    generate(model, [[5, 6, 7], [8]], [4, 6], temperature=0, timed=timed)
-    assert stages == ["prefill", "after prefill", "decode", "after decode"] and passes == ["prefill"] + ["decode"] * 5
+    model, laps, passes = small_model(0), [], []
+    model.register_forward_hook(lambda *_: passes.append(list(laps)))
+    generate(model, [[5, 6, 7], [8]], [4, 6], temperature=0, lap=laps.append)
+    assert laps == ["prefill", "decode"] and passes == [[]] + [["prefill"]] * 5
 
 
 def test_a_steps_time_is_for_writing_or_training_or_the_data(monkeypatch):
-    """By a clock that goes on by one second whenever it is read, so each stage that is entered takes one."""
+    """By a clock that goes on by one second whenever it is read, so each lap takes one."""
     monkeypatch.setattr(sapo.time, "perf_counter", itertools.count().__next__)
-    cfg = settings(ema_every="2", write_ahead=2, batch_size=4, micro_batch=2)
+    cfg = settings(ema_every="2", generate_ahead=2, batch_size=4, micro_batch=2)
     state, draw = start(cfg), stream(examples(20))
     writing, reading = (sapo_step(state, draw, cfg) for _ in range(2))
-    stages = {"reference": 2, "forward": 2, "backward": 2, "optimizer": 1}
+    stages = {"reference": 2, "forward": 2, "backward": 2, "optimizer": 1, "ema": 1}
     assert {k: v for k, v in writing.items() if k.startswith("time/")} == {
-        f"time/{k}": v for k, v in (stages | {"data": 1, "prefill": 1, "decode": 1, "generate": 2, "train": 7}).items()}
-    assert {k: v for k, v in reading.items() if k.startswith("time/")} == {f"time/{k}": v for k, v in (stages | {"ema": 1, "generate": 0, "train": 8}).items()}
+        f"time/{k}": v for k, v in (stages | {"data": 4, "prefill": 1, "decode": 1, "generate": 2, "train": 8}).items()}
+    assert {k: v for k, v in reading.items() if k.startswith("time/")} == {
+        f"time/{k}": v for k, v in (stages | {"data": 3, "generate": 0, "train": 8}).items()}
     written = sum(p.rejected_stop - p.start for p in state.buffer.pairs)
     assert writing["gen/tokens_per_second"] == written / 2 and "gen/tokens_per_second" not in reading
 
 
+def test_a_lap_lasts_from_the_lap_before(monkeypatch):
+    """So the stages of a step make up the whole of it, and `start` forgets the step before."""
+    clock, seconds = sapo.Clock(), itertools.accumulate([3, 1, 2, 4, 8, 5])
+    monkeypatch.setattr(sapo.time, "perf_counter", seconds.__next__)
+    clock.start()
+    for stage in ("data", "forward", "data"):
+        clock.lap(stage)
+    assert clock.seconds == {"data": 1 + 4, "forward": 2}
+    clock.start()
+    clock.lap("forward")
+    assert clock.seconds == {"forward": 5}
+
+
 def test_the_five_lines_of_the_docstring_run(tmp_path, capsys):
     save_pretrained(small_model(0), tmp_path / "folder", torch.float32)
-    code = inspect.cleandoc(sapo.__doc__.split("In a notebook:")[1].split("Axes:")[0])
+    code = inspect.cleandoc(sapo.__doc__.split("In a notebook:")[1])
     assert len(code.splitlines()) == 5
     for old, new in (('"folder"', repr(str(tmp_path / "folder"))), ("...]", "*more]"), ("range(100)", "range(3)")):
         assert old in code

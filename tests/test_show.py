@@ -14,7 +14,7 @@ from buffer import Pair, collate
 from losses import score
 from machine.dataset import Text
 from machine.folders import load_pretrained
-from machine.report import draw_curves, pair_text
+from machine.report import pair_text
 
 ESCAPE = "\033["
 
@@ -22,7 +22,7 @@ ESCAPE = "\033["
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two steps with its pairs.jsonl and model/."""
-    out, kept = tmp_path_factory.mktemp("runs") / "tiny", draw_curves
+    out, kept = tmp_path_factory.mktemp("runs") / "tiny", train.draw_curves
     train.draw_curves = lambda folder: None
     assert train.main(["--sft-steps", "3", "--steps", "2", "--show-every", "1", "--eval-rows", "1", "--samples", "0", "--device", "cpu", "--out", str(out)]) == 0
     train.draw_curves = kept

