@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, oracle, random_texts, small_model
 from safetensors.torch import load_file, save_file
 
 import train
 from buffer import unpack
-from conftest import ROOT, oracle, random_texts, small_model
 from machine import checkpoint, folders, parallel
 from machine.checkpoint import from_disk, redistribute
 from machine.dataset import Draw

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, oracle, randomise
 from safetensors.torch import load_file, save_file
 
 import train
 from buffer import unpack
-from conftest import ROOT, oracle, randomise
 from machine.checkpoint import from_disk
 from machine.dataset import Row, Text
 from machine.flags import DATA, Config
