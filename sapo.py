@@ -121,15 +121,15 @@ def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_l
     So many texts at once as cfg.generate_rows says, which changes none, rounding aside. rng: a
     torch.Generator. The rest is as `model.generate` has it.
     """
-    stop = cfg.eos_in_segment == "stop"
+    ends, banned = (eos, ()) if cfg.eos_in_segment == "stop" else ((), eos)
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
     budgets = [stop - start for start, stop in cuts]
     segments = []
     for i in range(0, len(prefixes), cfg.generate_rows):
         some = slice(i, i + cfg.generate_rows)
         segments += generate(
-            model, prefixes[some], budgets[some], eos if stop else (), cfg.temperature, cfg.top_k,
-            cfg.top_p, rng, vocab, () if stop else eos, lap)
+            model, prefixes[some], budgets[some], ends, cfg.temperature, cfg.top_k, cfg.top_p, rng,
+            vocab, banned, lap)
     return segments
 
 
@@ -283,10 +283,9 @@ class Clock:
     """Seconds by stage since `start`: a lap ends one stage and begins the next."""
 
     def __init__(self):
-        self.start()
-
-    def start(self):
         self.seconds, self.last = {}, self.now()
+
+    start = __init__
 
     def lap(self, stage):
         now = self.now()

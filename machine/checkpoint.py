@@ -47,6 +47,7 @@ def to_disk(value, name, folder):
     plain = walk(value, name)
     if folder:
         save_file(tensors, folder / f"{name}.safetensors")
+        tensors.clear()      # which `walk`, holding itself, would keep until the garbage is collected
         (folder / f"{name}.json").write_text(json.dumps(plain), "utf-8")
 
 

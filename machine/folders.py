@@ -19,11 +19,10 @@ from model import LoRA, ModelConfig, Transformer, unshard
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-NEEDED = None
 NUMBERS = {     # key: (default, lowest, highest); a default that is a string is another key's value
-    "vocab_size": (NEEDED, 1, 2**24), "hidden_size": (NEEDED, 1, 2**24),
-    "intermediate_size": (NEEDED, 1, 2**24), "num_hidden_layers": (NEEDED, 1, 10_000),
-    "num_attention_heads": (NEEDED, 1, 2**14), "num_key_value_heads": ("num_attention_heads", 1, 2**24),
+    "vocab_size": (None, 1, 2**24), "hidden_size": (None, 1, 2**24),
+    "intermediate_size": (None, 1, 2**24), "num_hidden_layers": (None, 1, 10_000),
+    "num_attention_heads": (None, 1, 2**14), "num_key_value_heads": ("num_attention_heads", 1, 2**24),
     "max_position_embeddings": (2048, 1, 2**31), "rms_norm_eps": (1e-6, 0, 1)}
 FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
 EXPERTS = "mixture-of-experts models are not implemented"

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from buffer import collate
 from losses import score
+from machine.files import json_or_nothing
 from machine.flags import flag_of
 from model import generate
 from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split
@@ -159,6 +161,7 @@ class Log:
         for name, f in self.files.items():
             if os.path.getsize(f.name) < sizes[name]:
                 self.say(f"warning: {f.name} is shorter than it was; its lost lines stay lost")
+                f.truncate(Path(f.name).read_bytes().rfind(b"\n") + 1)          # half a line is none
             else:
                 f.truncate(sizes[name])
 
@@ -204,8 +207,9 @@ PANELS = {      # title: keys of metrics.jsonl
 
 def read_curves(folder):
     """{panel's title: {key: (steps, values)}} of what metrics.jsonl holds."""
-    with open(folder / "metrics.jsonl", encoding="utf-8") as f:
-        lines = [row for row in map(json.loads, f) if "step" in row]
+    with open(folder / "metrics.jsonl", "rb") as f:
+        rows = [json_or_nothing(line, "a line of metrics.jsonl") for line in f]
+    lines = [row for row in rows if "step" in row]
     panels = {}
     for title, keys in PANELS.items():
         for key in keys:
@@ -278,9 +282,8 @@ def write_samples(path, examples, text, answers):
     """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}. Whole or not there."""
     columns = {"prompt": [text.decode(e.prompt, True) for e in examples],
                "chosen": [text.decode(e.chosen, True) for e in examples], **answers}
-    lines = []
-    for values in zip(*columns.values()):
-        lines.append(json.dumps(dict(zip(columns, values)), ensure_ascii=False) + "\n")
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     temporary = path.with_name(f".{path.stem}.tmp")
     temporary.write_text("".join(lines), "utf-8")
     temporary.replace(path)
