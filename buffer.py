@@ -1,7 +1,7 @@
 """A pair's life: it waits in the replay buffer, is drawn, and becomes a row of a batch.
 
 Holds `Pair`, `ReplayBuffer` ([5] and [6] of Algorithm 1) and `collate`, which lays pairs out as a
-`Batch`. Leaves out models and files: a pair is plain data, the buffer's state JSON and arrays.
+`Batch`. Leaves out models and files: a pair is plain data, the buffer's state is JSON and arrays.
 
 Axes: n pairs, R rows, T tokens of a row, P shared prefix, S continuation, L tokens of one text.
 """
@@ -27,10 +27,10 @@ class Pair:
     """
     prompt: list            # x
     chosen: list            # y+ = A + B + C
-    rejected: list          # y- = A + B' + C
+    rejected: list          # y- = A + B' + C, or A + B' where B' ended the answer
     start: int = 0
     stop: int = 0
-    rejected_stop: int = 0
+    rejected_stop: int = 0  # where B' stops in y-
     row: int = -1           # which row of the data x came from
     step: int = 0           # the step for which y- was generated
     uses: int = 0           # how often the pair was drawn
@@ -46,10 +46,10 @@ class Pair:
 
 # ------------------------------------------------------------------- the buffer
 class ReplayBuffer:
-    """A queue of at most `capacity` pairs; the oldest leaves. Draws come from its own generator.
+    """A queue of at most `capacity` pairs; the oldest leaves. It owns the random numbers of draws.
 
-    replay "uniform": every pair is as likely; "inverse-count": with weight 1 / (uses + 1), as the
-    authors' code has it. Either way no pair comes twice in one draw.
+    replay "uniform": all pairs are equally likely; "inverse-count": with weight 1 / (uses + 1), as
+    the authors' code has it. Either way no pair comes twice in one draw.
     """
 
     def __init__(self, capacity, seed=0, replay="uniform"):
@@ -67,7 +67,7 @@ class ReplayBuffer:
         self.pairs.append(pair)
 
     def sample(self, n):
-        """n different pairs, and one more use noted on each. ValueError if there are fewer."""
+        """n different pairs, whose `uses` go up by one. ValueError if the buffer holds fewer."""
         if n > len(self):
             raise ValueError(f"{n} pairs asked of a buffer that holds {len(self)}")
         weights = None
@@ -121,12 +121,12 @@ def unpack(arrays):
 
 # ---------------------------------------------------------------------- a batch
 class Batch(NamedTuple):
-    """n pairs as rows. Labels are shifted here and nowhere else: labels[:, t] follows ids[:, t]."""
-    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S; R = 2n where nothing is shared
+    """n pairs as rows. labels[:, t] is the token after ids[:, t], so that nobody else shifts."""
+    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S; not shared: R = sides * n
     positions: torch.Tensor     # (R, T) int64, each token's place in its own text
     labels: torch.Tensor        # (R, T) int64, IGNORE where nothing is scored
-    scored: torch.Tensor        # (R, T) bool, labels that the preference compares; others are NLL's
-    seam: torch.Tensor          # (R, T) bool, those of the scored labels that are C, in both texts
+    scored: torch.Tensor        # (R, T) bool, labels that the preference compares, not NLL's alone
+    seam: torch.Tensor          # (R, T) bool, scored labels in C, where both texts have C
     lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; NLL's tokens
     prefix: int                 # P, 0 where it is not shared
     texts: list                 # what it was laid out from
@@ -136,12 +136,12 @@ class Batch(NamedTuple):
         return Batch(*tensors, *self[6:])
 
     def some(self, rows):
-        """A Batch of some of the pairs of a shared one, without the others' padding."""
+        """The Batch of some of its pairs, for one with shared prefixes, without others' padding."""
         return lay_out([self.texts[i] for i in rows]).to(self.ids.device)
 
 
 class Side(NamedTuple):
-    """One text of a pair, prompt and response: (L,) each, a token and what is to be made of it."""
+    """One text of a pair, prompt and response: its tokens and what each counts for, (L,) each."""
     ids: np.ndarray             # int64
     scored: np.ndarray          # bool: the preference compares it
     labelled: np.ndarray        # bool: that, or it is in the NLL
@@ -149,8 +149,8 @@ class Side(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Both texts of a pair, and how many tokens they share in a row: all that they have in common
-    but the last, which opens both continuations, so that each keeps a token and a label."""
+    """Both texts of a pair, and the length of the prefix they share: their common beginning without
+    the token that opens both continuations, each of which must keep a token and a label."""
     prefix: int
     chosen: Side
     rejected: Side
@@ -164,7 +164,7 @@ def common_prefix(a, b):
 
 
 def label(pair, score_on, common, nll_on):
-    """The Texts of a Pair; the rest is as `collate` has it."""
+    """The Texts of a Pair; the options are those of `collate`."""
     x = len(pair.prompt)
     chosen = np.array(pair.prompt + pair.chosen, np.int64)                 # (L,)
     rejected = np.array(pair.prompt + pair.rejected, np.int64)             # (L,)
@@ -187,8 +187,8 @@ def collate(pairs, share=True, score_on="response", common=True, nll_on=None, si
 
     share: one row a pair, [prefix | chosen | rejected]. Without it, two plain rows a pair (first
     all chosen, then all rejected), or with sides=1 the chosen texts alone (fine-tuning).
-    score_on: "response" or "segment" (B and B' only); common: score tokens that both texts begin
-    with too; nll_on: further labels for the chosen text, "response" or "prompt+response".
+    score_on: "response" or "segment" (B and B' only); common: whether tokens that both texts begin
+    with are scored; nll_on: more labels for the chosen text, "response" or "prompt+response".
     """
     texts = [label(p, score_on, common, nll_on) for p in pairs]
     if share:
@@ -202,7 +202,7 @@ def collate(pairs, share=True, score_on="response", common=True, nll_on=None, si
 
 def lay_out(texts):
     """One row for each pair's Texts: [P prefix | S chosen | S rejected], padded on the right."""
-    P = max(1, *[t.prefix for t in texts])       # a column at least, so that processes call alike
+    P = max(1, *[t.prefix for t in texts])       # 1 column at least: all processes call alike
     S = max(max(len(t.chosen.ids), len(t.rejected.ids)) - 1 - t.prefix for t in texts)
     batch = _padding(texts, len(texts), P + 2 * S, P)
     for i, (p, chosen, rejected) in enumerate(texts):

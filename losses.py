@@ -2,7 +2,7 @@
 
 Holds the DPO, ORPO and SLiC losses as pure functions of tensors, the table `LOSSES`, the token
 log-probs they are made of, and what joins them to a model and a Batch. Leaves out everything with
-a state: no optimizer, no buffer, no reduction. Nothing is computed below float32.
+a state: no optimizer, no buffer, no reduction. Log-probs and losses are float32 or wider.
 
 Axes: n pairs, R rows, T tokens, D hidden size, V vocabulary, N labelled tokens.
 """
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100        # the label of a token that is not scored (Hugging Face's value)
 LN2 = 0.6931471805599453
 NEAREST = -1e-12     # log-probs are kept this far from 0, where the odds p / (1 - p) are infinite
-LOGITS = 2**25       # so many logits at a time (128 MiB in float32); beyond that, in chunks
-KEPT = 2**28         # so many are kept for the backward pass (1 GiB); beyond that, computed again
+LOGITS = 2**25       # at most this many logits are computed at a time (128 MiB in float32)
+KEPT = 2**28         # more than this (1 GiB) are not kept for the backward pass, but computed again
 
 
 # ---------------------------------------------------------------- the equations
@@ -64,15 +64,14 @@ def slic_loss(nll, chosen, rejected, delta, lam):
 
 
 def log_odds(logp):
-    """log(p / (1 - p)) of log p <= 0 (ORPO, eq. 4); finite, as its gradient is, from 0 to -1e4."""
+    """log(p / (1 - p)) of log p <= 0 (ORPO, eq. 4). Value and gradient are finite even at 0."""
     return logp - log1mexp(logp)
 
 
 def log1mexp(x):
     """log(1 - exp(x)) for x <= 0, exact on both sides of -ln 2 (Maechler 2012).
 
-    `where` differentiates the side it does not take as well, so each side is given only arguments
-    that suit it.
+    torch.where differentiates both of its branches, so each is given only arguments it can take.
     """
     near = x > -LN2
     from_expm1 = torch.log(-torch.expm1(torch.where(near, x, -1.0).clamp(max=NEAREST)))
@@ -84,11 +83,10 @@ def log1mexp(x):
 def token_logps(hidden, weight, labels, chunk=0, keep=0):
     """Log-prob of each label under softmax(hidden @ weight.T), 0 where the label is IGNORE.
 
-    hidden (R, T, D), weight (V, D), labels (R, T) int64, already where they are predicted:
-    hidden[:, t] predicts labels[:, t]. Returns (R, T), float32 or wider. The head runs on labelled
-    tokens only. With chunk > 0 it runs on that many tokens at a time, so that logits and their
-    gradients never exist for all at once; and where more than `keep` tokens have a label it runs
-    again in the backward pass, which then needs no (N, V) log-softmax.
+    hidden (R, T, D), weight (V, D), labels (R, T) int64, shifted already: hidden[:, t] predicts
+    labels[:, t]. Returns (R, T), float32 or wider. The head runs on labelled tokens only. chunk: on
+    at most this many at a time (0: on all), so that their logits never exist all at once. keep: if
+    there are more labels than this, the head runs again in the backward pass to save memory.
     """
     wanted = labels != IGNORE
     rows = hidden[wanted]                                                  # (N, D)
@@ -136,11 +134,11 @@ def score(model, batch):
 
 # -------------------------------------------------------------------------- [7]
 class Scores(NamedTuple):
-    """What a loss may look at, each (n,), summed over tokens."""
+    """What a loss is made from: log-probs summed over tokens, (n,) each."""
     chosen: torch.Tensor            # log p of the scored tokens of y+
     rejected: torch.Tensor          # ... and of y-
     nll: torch.Tensor               # negative log p of the chosen text, as `nll_on` says
-    lengths: torch.Tensor           # (n, 3): how many tokens these three are
+    lengths: torch.Tensor           # (n, 3): the number of tokens in each of these sums
     reference: tuple | None         # (chosen, rejected) of the reference, for DPO
 
 
@@ -174,7 +172,7 @@ def scored_tokens(cfg):
 
 
 def preference_loss(policy, batch, cfg, reference=None):
-    """[7]: (loss (n,), {metric: (n,)}) of a Batch; reference: that model's (chosen, rejected).
+    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: its (chosen, rejected), for DPO.
 
     Two metrics are this method's own. pairs/seam_gap: log p(C after A B) - log p(C after A B'),
     0 where y- has no C. pairs/segment_gap: the rest of log p(y+) - log p(y-), which is B against

@@ -1,16 +1,20 @@
 """Self-Augmented Preference Optimization (Yin et al., arXiv 2405.20830): its Algorithm 1.
 
-    [1] draw a mini-batch of (x, y+) from D          [6] draw a mini-batch from the buffer
-    [2] cut y+ at a random place into A + B + C      [7] loss <- DPO or ORPO on (x, y+, y-)
-    [3] the EMA model generates B' after (x, A)      [8] theta <- theta - lr * gradient
-    [4] y- <- A + B' + C                             [9] every k steps, theta_ema <-
-    [5] append (x, y+, y-), the oldest leaves            alpha theta_ema + (1 - alpha) theta
+    [1] draw a mini-batch of (x, y+) from D
+    [2] cut y+ at a random place into A + B + C
+    [3] the EMA model generates B' after (x, A)
+    [4] y- <- A + B' + C
+    [5] append (x, y+, y-) to the buffer, oldest leaves
+    [6] draw a mini-batch of triples from the buffer
+    [7] loss <- DPO or ORPO on (x, y+, y-)
+    [8] theta <- theta - lr * gradient
+    [9] every k steps: theta_ema <- alpha theta_ema + (1 - alpha) theta
 
     paper            here                                       type and shape
     x, y+, y-        prompt, chosen, rejected                   lists of token ids
     A, B, C          chosen[:start], [start:stop], [stop:]
     B'               rejected[start:rejected_stop]
-    D                draw(n) -> n Examples                      a function that somebody owns
+    D                draw(n) -> n Examples                      a function of the caller's
     theta            State.policy                               Transformer, float32
     theta_ema        State.ema                                  Transformer, float32, never trained
     pi_ref           State.reference                            Transformer (DPO only)
@@ -21,11 +25,11 @@
 y+ and y- begin with the same x + A, so a pair is scored as one row, [prefix | chosen | rejected]:
 the prefix goes through the model once, and both continuations look back at it (buffer.collate).
 
-Left out: files, flags, printing, processes and the learning rate's schedule. With `random`, what
-machine/folders.py loads and the names of this file, a run is five lines. In a notebook:
+Left out: files, flags, printing, processes and the learning rate's schedule. With what this file
+defines, `random`, and load_pretrained of machine/folders.py, a run in a notebook is five lines:
 
     model = load_pretrained("folder")
-    data = [Example(prompt=[1, 5, 7], chosen=[8, 9, 4, 2]), ...]     # 16 rows or more
+    data = [Example(prompt=[1, 5, 7], chosen=[8, 9, 4, 2]), ...]     # 16 or more
     cfg = SAPOConfig(batch_size=8)
     state = State.start(model, cfg, eos=[2], lr=1e-6, steps_per_epoch=len(data) // 8)
     for _ in range(100): print(sapo_step(state, lambda n: random.sample(data, n), cfg)["loss"])
@@ -51,8 +55,9 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     """One step of Algorithm 1. draw(n) returns the next n Examples of D; autocast() surrounds
     forward passes.
 
-    Returns metrics: floats under TRL's names, means over this process's pairs, and `bad_rows`, the
-    data rows whose loss is not finite. A gradient that is not finite moves neither policy nor EMA.
+    Returns metrics, under TRL's names where TRL has them: means over this process's pairs, and
+    `bad_rows`, the data rows whose loss is not finite. A gradient that is not finite moves neither
+    policy nor EMA, but the step counts.
     """
     n = cfg.batch_size // state.processes
     state.clock.start()
@@ -61,7 +66,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     # next update, so the pairs of all steps until then are made at once, and wait in `ahead`.
     if not state.ahead and cfg.rejected == "data":
         state.ahead.extend(map(pair_of_data, draw(n)))                     # an offline baseline
-    if not state.ahead:
+    elif not state.ahead:
         examples = draw(n * steps_ahead(state, cfg))                                           # [1]
         cuts = [split(e.chosen, cfg.segment, state.eos, state.cut_rng) for e in examples]      # [2]
         state.clock.lap("data")
@@ -118,8 +123,8 @@ def segment_length(segment, n):
 def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_lap):
     """[3]: B' for each example, at most as long as B. The model sees x and A only, never B or C.
 
-    So many texts at once as cfg.generate_rows says, which changes none, rounding aside. rng: a
-    torch.Generator. The rest is as `model.generate` has it.
+    At most cfg.generate_rows texts are generated at once; that number changes none of them,
+    rounding aside. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
     """
     ends, banned = (eos, ()) if cfg.eos_in_segment == "stop" else ((), eos)
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
@@ -150,8 +155,8 @@ def pair_of_data(example):
 def steps_ahead(state, cfg):
     """Steps until the EMA moves, for which pairs are made at once; cfg.generate_ahead at most.
 
-    Rows, cuts, texts and draws from the buffer have a generator each, and texts take its numbers
-    row after row, so each comes out, rounding aside, as it would one step at a time.
+    Cuts, texts and the buffer's draws have random numbers of their own, and a text's do not depend
+    on the others: pairs come out as they would one step at a time, rounding aside.
     """
     steps = period(cfg.ema_every, state)
     return min(steps - state.step % steps, cfg.generate_ahead)
@@ -191,8 +196,8 @@ def exchange_gradients(policy, last):
 
 
 def reference_scores(state, pairs, batch):
-    """The reference's (chosen, rejected), each (n,), for a Batch of pairs. A pair keeps them until
-    the reference changes; those that hold none of this reference's are scored now."""
+    """The reference's (chosen, rejected), each (n,), for a Batch of pairs. A pair keeps its scores
+    until the reference changes; only pairs without scores of this reference are scored now."""
     missing = [i for i, p in enumerate(pairs)
                if not state.keep_ref or p.ref_version != state.ref_version]
     if missing:
@@ -249,7 +254,7 @@ def period(every, state):
 
 
 def is_due(every, state):
-    """Whether something that happens so often happens now."""
+    """Whether something that happens every so many steps is due at this one."""
     steps = period(every, state)
     return steps > 0 and state.step % steps == 0
 
@@ -314,10 +319,10 @@ class SAPOConfig:
     loss: str = setting("dpo", "preference loss: dpo, orpo, or SLiC-HF's", "paper; slic: ours",
                         choices=("dpo", "orpo", "slic"))
     beta: float = setting(0.1, "DPO: pull to the reference", "authors' code", low=1e-12)
-    lam: float = setting(0.05, "weight of ORPO's odds-ratio term, of SLiC's NLL", "authors' code")
-    delta: float = setting(1.0, "SLiC: margin, in nats, from which a pair is free", "SLiC-HF")
+    lam: float = setting(0.05, "weight of ORPO's odds-ratio term or of SLiC's NLL", "authors' code")
+    delta: float = setting(1.0, "SLiC: a pair with a larger margin (nats) costs nothing", "SLiC-HF")
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
-    micro_batch: int = setting(8, "pairs in a forward pass, a process; changes memory alone", low=1)
+    micro_batch: int = setting(8, "pairs per forward pass; the result does not depend on it", low=1)
     segment: str = setting("256", "length of B: tokens, or a share of the response (50%)", "paper",
                            pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%",
                            form="a number of tokens, or a share such as 50%")
@@ -340,12 +345,12 @@ class SAPOConfig:
                           choices=("response", "prompt+response"))
     eos_in_segment: str = setting("stop", "an end token in B' ends y-, or is never sampled",
                                   "authors' code", choices=("stop", "ban"))
-    temperature: float = setting(0.7, "of sampling B'; 0 is greedy", "authors' code")
-    top_k: int = setting(50, "of sampling B'; 0 keeps all", "authors' code")
-    top_p: float = setting(0.95, "of sampling B'; 1 keeps all", "authors' code", low=1e-6, high=1)
+    temperature: float = setting(0.7, "temperature of B'; 0 is greedy", "authors' code")
+    top_k: int = setting(50, "top-k of B'; 0 keeps all", "authors' code")
+    top_p: float = setting(0.95, "top-p of B'; 1 keeps all", "authors' code", low=1e-6, high=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 does not clip")
-    generate_ahead: int = setting(8, "batches generated ahead at most; changes speed alone", low=1)
-    generate_rows: int = setting(64, "texts generated at once; changes memory and speed", low=1)
+    generate_ahead: int = setting(8, "at most this many batches are generated ahead", low=1)
+    generate_rows: int = setting(64, "at most this many texts are generated at once", low=1)
 
 
 # ------------------------------------------------------------------------ state
@@ -354,7 +359,7 @@ class State:
     """Everything that Algorithm 1 changes, and what it needs to know of its surroundings."""
     policy: torch.nn.Module                 # theta, perhaps wrapped by DDP
     ema: torch.nn.Module                    # theta_ema, float32, not wrapped
-    generator: torch.nn.Module              # generates B': the EMA, or a copy in another dtype
+    generator: torch.nn.Module              # generates B': the EMA itself, or a copy in bfloat16
     reference: torch.nn.Module | None       # DPO's pi_ref
     optimizer: torch.optim.Optimizer
     buffer: ReplayBuffer
@@ -373,8 +378,8 @@ class State:
     @classmethod
     def start(cls, policy, cfg, eos, seed=0, lr=1e-6, copy=twin, processes=1, optimizer=None,
               generator=None, **more):
-        """Before the first step: theta_ema = pi_ref = theta, an empty buffer, seeded generators.
-        copy(policy) is a model that does not train; `more` are further fields."""
+        """Before the first step: theta_ema = pi_ref = theta, an empty buffer, seeded draws.
+        copy(policy) makes a model that does not train; `more` are the other fields of a State."""
         if cfg.ema_every == "epoch" and not more.get("steps_per_epoch"):
             raise ValueError("ema_every 'epoch' needs steps_per_epoch")
         ema = copy(policy)
@@ -387,7 +392,7 @@ class State:
             **more)
 
     def models(self):
-        """{name: model} of those a checkpoint must hold; the generator is a copy of the EMA."""
+        """{name: model} of those a checkpoint must hold; the EMA gives the generator."""
         policy = getattr(self.policy, "module", self.policy)               # not DDP's wrapper
         models = {"policy": policy, "ema": self.ema, "reference": self.reference}
         return {name: model for name, model in models.items() if model is not None}

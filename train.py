@@ -110,7 +110,6 @@ class Run:
         self.evaluation_of = partial(Evaluation, self.inputs, world, self.autocast, self.poll_or_stop)
 
     # -- the story
-
     def train(self):
         cfg, world = self.cfg, self.world
         inputs = self.inputs
@@ -179,7 +178,6 @@ class Run:
         copy_parameters(self.state.generator, self.state.ema)
 
     # -- the two stages
-
     def stage(self, name, done, steps, peak, step, after):
         """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), save, perhaps stop."""
         show = self.world.first and sys.stderr.isatty()
@@ -272,7 +270,6 @@ class Run:
         return line
 
     # -- evaluation
-
     def evaluate(self):
         """Policy and EMA (at first: the starting model, which both are) on the held-out rows, once a step."""
         state, began = self.state, time.monotonic()
@@ -294,7 +291,6 @@ class Run:
         self.spend("evaluate", began)
 
     # -- save and resume, signals and time
-
     def save(self):
         began = time.monotonic()
         number = self.sft_step + (self.state.step if self.state else 0)
@@ -361,7 +357,6 @@ class Run:
         self.spent[stage] = self.spent.get(stage, 0.0) + time.monotonic() - began
 
     # -- the end
-
     def finish(self):
         """The models as Hugging Face folders, the samples, the curves, and the table."""
         for name, model in {"model": self.model, "ema": self.state.ema}.items() if self.steps else ():

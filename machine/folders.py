@@ -194,8 +194,8 @@ def check_weights(folder, config):
         if files[name][1] != shape:
             raise BadInput(f"{folder}: {name} has shape {files[name][1]}, the config asks for {shape}")
         if files[name][2] not in ("F32", "BF16", "F16", "F64"):
-            raise BadInput(f"{folder}: {name} is stored as {files[name][2]}; float32, bfloat16 or float16 is "
-                           "needed")
+            raise BadInput(f"{folder}: {name} is stored as {files[name][2]}; float64, float32, bfloat16 or "
+                           "float16 is needed")
     if files.keys() - wanted.keys():                     # a tied head that is stored as well
         names = ("lm_head.weight", "model.embed_tokens.weight")
         head, embedding = [safe_open(files[name][0], "pt").get_tensor(name) for name in names]
