@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = {       # file: (floor, lines at most, columns at most); imports go to lower floors, or to earlier files of one's own
-    "losses.py": (1, 220, 100), "model.py": (1, 480, 100), "buffer.py": (2, 235, 100), "sapo.py": (3, 425, 100),
+    "losses.py": (1, 220, 100), "model.py": (1, 480, 100), "buffer.py": (2, 235, 100), "sapo.py": (3, 430, 100),
     "machine/files.py": (4, 100, 110), "machine/folders.py": (4, 370, 110), "machine/parallel.py": (4, 155, 110),
     "machine/flags.py": (4, 240, 110), "machine/dataset.py": (4, 410, 110), "machine/report.py": (5, 340, 110),
     "machine/checkpoint.py": (6, 320, 110), "machine/inputs.py": (6, 80, 110), "train.py": (7, 470, 110)}
