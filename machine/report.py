@@ -197,7 +197,7 @@ PANELS = {      # title: keys of metrics.jsonl
     "loss": ["loss"], "reward margin (nats)": ["rewards/margins"],
     "log-probs of the drawn pairs (nats)": ["logps/chosen", "logps/rejected"],
     "share of drawn pairs with y+ ahead": ["rewards/accuracies"],
-    "share of y+ and y- that the verifier passes": ["pairs/chosen_verified", "pairs/rejected_verified"],
+    "share of y+ and y- that pass": ["pairs/chosen_verified", "pairs/rejected_verified"],
     "where y- loses (nats)": ["pairs/segment_gap", "pairs/seam_gap"],
     "staleness of a drawn pair (steps)": ["buffer/staleness"],
     "held-out rows": [
