@@ -265,23 +265,19 @@ def pair_metrics(state, fresh, pairs):
     times, eos = state.clock.seconds, state.eos
     generating = times.get("prefill", 0.0) + times.get("decode", 0.0)
     ended = [p.rejected_stop == len(p.rejected) and p.rejected[-1] in eos for p in fresh]
-    whole = [p.start == 0 and p.stop >= len(p.chosen) - (p.chosen[-1] in eos) for p in fresh]
-    metrics = {"gen/eos_fraction": mean(ended),
-               "pairs/identical": mean([p.chosen == p.rejected for p in fresh]),
-               "pairs/whole": mean(whole),
-               "buffer/size": float(len(state.buffer)),
-               "buffer/staleness": mean([state.step - 1 - p.step for p in pairs]),
-               "buffer/uses": mean([p.uses for p in pairs]),
-               "time/generate": generating,
-               "time/train": sum(times.values()) - generating - times["data"]}
+    whole = [p.start == 0 and p.stop + (p.chosen[-1] in eos) >= len(p.chosen) for p in fresh]
+    shares = {
+        "gen/eos_fraction": ended, "pairs/whole": whole,
+        "pairs/identical": [p.chosen == p.rejected for p in fresh],
+        "buffer/staleness": [state.step - 1 - p.step for p in pairs],
+        "buffer/uses": [p.uses for p in pairs]}
+    metrics = {name: float(np.mean(values)) for name, values in shares.items()}
+    metrics |= {"buffer/size": float(len(state.buffer)), "time/generate": generating,
+                "time/train": sum(times.values()) - generating - times["data"]}
     if generating:
         tokens = sum(p.rejected_stop - p.start for p in [*fresh, *state.ahead])
         metrics["gen/tokens_per_second"] = tokens / generating
     return metrics | {f"time/{stage}": seconds for stage, seconds in times.items()}
-
-
-def mean(values):
-    return float(np.mean(values))
 
 
 class Clock:

@@ -45,10 +45,12 @@ KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on")  
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved."""
+    code = 0
 
 
 class Diverged(Exception):
     """Too many steps in a row were not finite."""
+    code = 3
 
 
 # ------------------------------------------------------------------------------- one step
@@ -98,7 +100,7 @@ class Run:
         self.cfg, self.text = self.inputs.cfg, self.inputs.text
         self.data, self.steps = self.inputs.data[0], self.inputs.steps
         self.out, self.lock = Path(self.cfg.out), None
-        self.again = f"python train.py --resume {self.out}"
+        self.again = f"python train.py --resume {shlex.quote(str(self.out))}"
         self.began, self.asked = time.monotonic(), None          # `asked`: the signal that asked to stop
         self.state, self.sft_step = None, 0
         self.bad_steps, self.saved = 0, None
@@ -394,7 +396,7 @@ def say(kind, text, always=False):
 
 
 def begin(argv, world):
-    """The Run of a command line, which SIGTERM and SIGINT ask to stop; a second SIGINT stops at once."""
+    """The Run of a command line, which signals ask to stop; a second SIGINT stops at once."""
     command = world.together(lambda: parse(argv, __doc__))
     world.place(command.cfg.device)
     default = f"runs/{command.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -408,42 +410,34 @@ def begin(argv, world):
             raise KeyboardInterrupt
         run.asked = signum
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, ask)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):      # Windows lacks the last two
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), ask)
     return run
 
 
 def main(argv=None):
     """Run a command line: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged, 130 interrupted."""
     world = run = None
-    together = True              # all processes end here, and for the same reason
+    together = False             # whether all processes end here, and for the same reason
     try:
         world = World(None)
         run = begin(sys.argv[1:] if argv is None else argv, world)
         run.train()
+        together = True
         return 0
-    except BadInput as error:
-        say("error: ", error)
-        return 2
-    except Stopped as stopped:
-        say("", stopped)
-        return 0
-    except Diverged as error:
-        say("error: ", error)
-        return 3
+    except (BadInput, Stopped, Diverged) as end:
+        together = True
+        say("error: " if end.code else "", end)
+        return end.code
     except (OSError, SafetensorError) as error:
-        together = False
         saved = run and run.out.exists()
         kept = f"what was saved before is whole: {run.again}" if saved else "nothing was written"
         say("error: ", f"{error}; {kept}", always=True)
         return 1
     except KeyboardInterrupt:
-        together = False
         say("error: ", "stopped at once; the last checkpoint stands")
         return 130
-    except Exception:
-        together = False
-        raise
     finally:
         if run and run.lock:
             run.lock.close()
@@ -452,6 +446,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")     # a screen that cannot show a character shows a ?
     try:
         code = main()
     except Exception:

@@ -35,38 +35,35 @@ class Row:
     __slots__ = ("turns", "chosen", "rejected", "verifier")
 
     def __init__(self, raw, where):
-        _need(isinstance(raw, dict), where,
-              'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
+        def need(good, what):
+            if not good:
+                raise BadInput(f"{where}: {what}")
+
+        need(isinstance(raw, dict),
+             'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
         conversation = raw.get("messages") if raw.get("chosen") is None else raw["chosen"]
         if isinstance(conversation, list):
-            _need(all(map(_is_message, conversation)), where,
-                  "each message needs a role and a content, both text")
-            _need(conversation and conversation[-1]["role"] == "assistant", where,
-                  "the last message must be the assistant's")
-            _need(len(conversation) > 1, where,
-                  "a conversation needs a message before the assistant's answer")
+            need(all(map(_is_message, conversation)), "each message needs a role and a content, both text")
+            need(conversation and conversation[-1]["role"] == "assistant",
+                 "the last message must be the assistant's")
+            need(len(conversation) > 1, "a conversation needs a message before the assistant's answer")
             self.turns = [{key: message[key] for key in ("role", "content")} for message in conversation[:-1]]
             self.chosen = conversation[-1]["content"]
         else:
             for key in ("prompt", "chosen"):
-                _need(isinstance(raw.get(key), str), where,
-                      f"{key} is missing or not text; a row needs prompt and chosen, or messages")
+                need(isinstance(raw.get(key), str),
+                     f"{key} is missing or not text; a row needs prompt and chosen, or messages")
             self.turns, self.chosen = raw["prompt"], raw["chosen"]
-        _need(self.chosen.strip(), where, "the chosen response is empty")
+        need(self.chosen.strip(), "the chosen response is empty")
         self.rejected = raw.get("rejected")
         if isinstance(self.rejected, list):
             last = self.rejected[-1] if self.rejected else None
             self.rejected = last.get("content", 0) if isinstance(last, dict) else 0
-        _need(self.rejected is None or isinstance(self.rejected, str) and self.rejected.strip(), where,
-              "rejected must be a text that is not empty, or be left out")
+        need(self.rejected is None or isinstance(self.rejected, str) and self.rejected.strip(),
+             "rejected must be a text that is not empty, or be left out")
         self.verifier = raw.get("verifier", raw.get("judge"))              # `judge` is an older name
-        _need(self.verifier is None or _is_verifier(self.verifier), where,
-              'verifier must be {"must": [words], "must_not": [words]}')
-
-
-def _need(good, where, what):
-    if not good:
-        raise BadInput(f"{where}: {what}")
+        need(self.verifier is None or _is_verifier(self.verifier),
+             'verifier must be {"must": [words], "must_not": [words]}')
 
 
 def _is_message(m):

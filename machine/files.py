@@ -1,5 +1,6 @@
 """Files: JSON in and out, folders that are whole or not there, and BadInput."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 class BadInput(ValueError):
     """Something handed to us cannot be used; the message is one sentence that says what to do."""
+    code = 2        # the exit code
 
 
 def parse_json(content, where):
@@ -83,11 +85,14 @@ def new_folder(folder):
 
 
 def flush(path):
-    """Have the disk hold what was written (a folder too, where the system allows it)."""
+    """Have the disk hold what was written (a folder too, where the system and the file system allow it)."""
+    folder = Path(path).is_dir()
     with suppress(PermissionError, IsADirectoryError):
-        mode = os.O_RDONLY if Path(path).is_dir() else os.O_RDWR    # Windows flushes only what it may write
-        handle = os.open(path, mode)
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)     # Windows flushes what it may write
         try:
             os.fsync(handle)
+        except OSError as error:                         # CIFS and FUSE cannot; a failing disk says EIO
+            if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
         finally:
             os.close(handle)

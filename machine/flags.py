@@ -221,7 +221,7 @@ def resolved(cfg, context, processes):
         raise BadInput(f"--max-length {length} is more than the model's context of {context}")
     if prompt >= length:
         raise BadInput(f"--max-prompt-length {prompt} leaves no room for a response within {length} tokens")
-    for name in ("batch_size", "sft_batch_size"):
+    for name in ("batch_size", "sft_batch_size") if cfg.sft_steps else ("batch_size",):
         rows = getattr(cfg, name)
         if rows % processes:
             raise BadInput(f"{flag_of(name)} {rows} cannot be shared evenly by {processes} processes")

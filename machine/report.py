@@ -220,15 +220,20 @@ def read_curves(folder):
 
 
 def draw_curves(folder):
-    """curves.png from metrics.jsonl: what went on, at a glance. Says so where matplotlib is missing."""
+    """curves.png from metrics.jsonl: what went on, at a glance. Where it cannot be drawn, a line says why."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no curves.png: matplotlib is not installed")
-    panels = read_curves(folder)
-    figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained")
+        os.environ["MPLBACKEND"] = "agg"                 # whatever a notebook has set for itself
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(13, 5.6), layout="constrained")
+        draw_panels(read_curves(folder), figure.subplots(2, 4))
+        figure.savefig(folder / ".curves.png", dpi=100, format="png")
+        (folder / ".curves.png").replace(folder / "curves.png")
+    except Exception as error:                           # a picture never costs a run its end
+        print(f"no curves.png: {one_line(str(error), 200)}")
+
+
+def draw_panels(panels, axes):
+    """One axis for each of `read_curves`' panels."""
     for axis, (title, curves) in zip(axes.flat, panels.items()):
         for key, (x, y) in curves.items():
             label = key.removeprefix("eval/").replace("/", ": ") if "eval/" in key else key.rpartition("/")[2]
@@ -248,9 +253,6 @@ def draw_curves(folder):
         axis.set_axis_off()
     for axis in axes[1]:
         axis.set_xlabel("step", fontsize=9)
-    figure.savefig(folder / ".curves.png", dpi=100, format="png")
-    (folder / ".curves.png").replace(folder / "curves.png")
-    plt.close(figure)
 
 
 # -------------------------------------------------------------------------------- the end

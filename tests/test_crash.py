@@ -249,8 +249,8 @@ def count_steps(name, number, signum, note):
 
 STAGES = {"SFT": ("sft_step", 1, 3), "generation": ("sapo.generate", 2, 4), "training": ("sapo.preference_loss", 2, 9),
           "evaluation": ("machine.report.score", 2, 8), "saving": ("machine.checkpoint.to_disk", 5, 29)}
-SIGNALS = [(stage, name, number, signum) for signum in (signal.SIGTERM, signal.SIGINT) for i in (0, 1) for stage, (name, *numbers) in STAGES.items()
-           for number in numbers[i:i + 1]]
+SIGNALS = [(stage, name, number, signum) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) for i in (0, 1)
+           for stage, (name, *numbers) in STAGES.items() for number in numbers[i:i + 1]]
 
 
 def stop_and_go_on(world, whole, out, name, number, signum):
@@ -264,7 +264,7 @@ def stop_and_go_on(world, whole, out, name, number, signum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage, name, number, signum", [s for i, s in enumerate(SIGNALS) if i in (1, 7, 14)], ids=lambda x: str(x) if isinstance(x, str) else "")
+@pytest.mark.parametrize("stage, name, number, signum", [s for i, s in enumerate(SIGNALS) if i in (1, 7, 14, 22, 38)], ids=lambda x: str(x) if isinstance(x, str) else "")
 def test_a_signal_saves_within_a_step_and_says_how_to_go_on(world, whole, tmp_path, stage, name, number, signum):
     assert not stop_and_go_on(world, whole, tmp_path / "run", name, number, signum)
 

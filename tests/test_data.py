@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, processors
 import train
 from machine.dataset import Data, Draw, Row, Text, read_rows
 from machine.files import BadInput
-from machine.flags import PRESETS, Config, flag_of, kind_of, parse
+from machine.flags import PRESETS, Config, flag_of, kind_of, parse, resolved
 from machine.folders import companions, find_model, read_config, save_pretrained
 from machine.parallel import World
 from machine.report import passes
@@ -336,6 +336,14 @@ def another(f):
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_only_where_it_is_used():
+    assert resolved(Config(sft_batch_size=64, batch_size=6), 512, processes=3).sft_steps == 0
+    with pytest.raises(BadInput, match="--sft-batch-size 64 cannot be shared evenly by 3 processes"):
+        resolved(Config(sft_batch_size=64, batch_size=6, sft_steps=1), 512, processes=3)
+    with pytest.raises(BadInput, match="--batch-size 64"):
+        resolved(Config(batch_size=64), 512, processes=3)
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -1,10 +1,13 @@
 """The decoder: transformers' logits from transformers' folders, one-sentence refusals, and generation that a slow loop repeats."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 import pickle
 import shutil
+import stat
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from conftest import NUMBERS, THETA, fits, oracle, random_texts, small_hf_model,
 from fuzz import memory_limit
 from losses import preference_loss, score, scored_tokens
 from machine import folders
-from machine.files import BadInput
+from machine.files import BadInput, new_folder
 from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained, saved_dtype
 from model import KVCache, ModelConfig, RMSNorm, Transformer, generate, sample, twin
 from sapo import SAPOConfig
@@ -298,6 +301,22 @@ def test_a_save_that_fails_leaves_the_old_folder_alone(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save_pretrained(small_model(seed=9), base)
     assert {f.name: f.read_bytes() for f in base.iterdir()} == before
+
+
+@pytest.mark.parametrize("number, fine", [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSYS, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_sync_folders_is_good_enough_and_a_failing_disk_is_not(tmp_path, monkeypatch, number, fine):
+    real = os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if fine else pytest.raises(OSError):
+        with new_folder(tmp_path / "new") as folder:
+            (folder / "file").write_text("x", "utf-8")
+    assert (tmp_path / "new" / "file").exists() == fine
 
 
 def test_saving_again_replaces_the_folder_whole(tmp_path):

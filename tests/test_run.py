@@ -215,6 +215,30 @@ def test_a_run_leaves_its_files_and_nothing_else(whole):
     assert [p.name for p in checkpoints(whole)] == [f"step-{n:08d}" for n in (2, 4, 6, 8, 10, 12)]
 
 
+@pytest.mark.parametrize("backend", ["inline", "module://nowhere", "nonsense"])
+def test_a_backend_that_a_notebook_has_set_does_not_keep_the_curves_from_being_drawn(whole, tmp_path, backend):
+    pytest.importorskip("matplotlib")
+    shutil.copy(whole / "metrics.jsonl", tmp_path)
+    draw = "from pathlib import Path; from machine.report import draw_curves; draw_curves(Path(__import__('sys').argv[1]))"
+    done = subprocess.run([sys.executable, "-c", draw, str(tmp_path)], cwd=ROOT, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", done.stderr[-500:]
+
+
+def test_a_screen_that_cannot_show_a_character_does_not_end_the_run(tmp_path):
+    """The line of a pair holds an ellipsis and whatever the data hold."""
+    command = [sys.executable, "train.py", "--sft-steps", "1", "--steps", "1", "--batch-size", "2", "--sft-batch-size", "2", "--eval-rows", "1",
+               "--eval-tokens", "1", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "step 1/1" in done.stdout and "?" in done.stdout, done.stderr[-500:]
+
+
+def test_curves_that_cannot_be_drawn_are_a_line_and_no_end(tmp_path, capsys):
+    from machine.report import draw_curves
+    draw_curves(tmp_path)                                # there is no metrics.jsonl
+    printed = capsys.readouterr().out
+    assert printed.startswith("no curves.png: ") and printed.count("\n") == 1
+
+
 def test_config_json_names_every_setting_and_every_version(whole):
     saved = json.loads((whole / "config.json").read_text())
     assert set(saved["settings"]) == {f.name for f in train.dataclasses.fields(Config)}
