@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=8 train.py ...                     the same on many GPUs
     python train.py --resume runs/NAME                           go on where it stopped
 
-Leaves out the method, which is sapo.py's, and what a real run needs around it, which is machine/'s. Read
-`Run.train`.
+Leaves out the method (sapo.py) and what a real run needs around it (machine/). Read it from `Run.train` on.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ from machine.flags import flag_of
 from model import generate
 from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split
 
+
 # ----------------------------------------------------------------------------- evaluation
 def eval_pairs(data, model, cfg, text, world):
     """This process's share of the held-out rows, as Pairs whose y- stays the same all run long.
