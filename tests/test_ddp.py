@@ -306,7 +306,7 @@ def test_on_saving_only_rank_0_ever_holds_a_whole_model(two):
     """All gather the shards, tensor by tensor, and only the first process keeps them."""
     for first, other in zip(saves(two, 0), saves(two, 1)):
         assert first["most"] >= first["model"] > 3 * first["largest"]
-        assert other["largest"] <= other["most"] < 2 * other["largest"], other
+        assert other["largest"] <= other["most"] < 3 * other["largest"], other       # a tensor, and its copy while it is gathered
 
 
 def test_on_saving_rank_0_holds_one_part_at_a_time_and_afterwards_none(two):
