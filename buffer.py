@@ -8,6 +8,7 @@ Axes: n pairs, R rows, T tokens of a row, P shared prefix, S continuation, L tok
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -102,7 +103,8 @@ def pack(pairs):
     def table(rows, names, dtype):
         return np.array(list(rows), dtype).reshape(-1, len(names))
 
-    return {"tokens": np.array([t for tokens in lists for t in tokens], np.int32),
+    tokens = np.fromiter(chain.from_iterable(lists), np.int32, sum(map(len, lists)))
+    return {"tokens": tokens,
             "lengths": table(map(len, lists), TOKENS, np.int64),
             "counts": table(map(attrgetter(*COUNTS), pairs), COUNTS, np.int64),
             "floats": table(map(attrgetter(*FLOATS), pairs), FLOATS, np.float64)}

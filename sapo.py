@@ -355,7 +355,7 @@ class State:
     """Everything that Algorithm 1 changes, and what it needs to know of its surroundings."""
     policy: torch.nn.Module                 # theta, perhaps wrapped by DDP
     ema: torch.nn.Module                    # theta_ema, float32, not wrapped
-    generator: torch.nn.Module              # generates B': the EMA itself, or a copy in bfloat16
+    generator: torch.nn.Module              # generates B': the EMA, or its whole or bfloat16 copy
     reference: torch.nn.Module | None       # DPO's pi_ref
     optimizer: torch.optim.Optimizer
     buffer: ReplayBuffer

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -267,6 +268,12 @@ def stop_and_go_on(world, whole, out, name, number, signum):
 @pytest.mark.parametrize("stage, name, number, signum", [s for i, s in enumerate(SIGNALS) if i in (1, 7, 14, 22, 38)], ids=lambda x: str(x) if isinstance(x, str) else "")
 def test_a_signal_saves_within_a_step_and_says_how_to_go_on(world, whole, tmp_path, stage, name, number, signum):
     assert not stop_and_go_on(world, whole, tmp_path / "run", name, number, signum)
+
+
+def test_the_line_to_go_on_with_quotes_a_path_with_a_blank(world, tmp_path):
+    out = tmp_path / "a run"
+    printed = run(out, *world, hook=stop_at("sapo_step", 2))
+    assert f"go on with: python train.py --resume {shlex.quote(str(out))}" in printed and "'" in shlex.quote(str(out))
 
 
 def twice():
