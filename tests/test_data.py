@@ -26,7 +26,9 @@ from conftest import NUMBERS, ROOT
 from tokenizers import Tokenizer, processors
 
 import train
-from machine.dataset import Data, Draw, Row, Text, read_rows
+from machine.dataset import Data, Draw
+from machine.rows import Row, read_rows
+from machine.text import Text
 from machine.files import BadInput
 from machine.flags import PRESETS, Config, flag_of, kind_of, parse, resolved
 from machine.folders import companions, find_model, read_config, save_pretrained
@@ -74,7 +76,19 @@ SHAPES = {      # the row: (turns, chosen, rejected)
                        "messages": [U, turn("assistant", "Not this.")], "score_chosen": 8.5, "score_rejected": 7.0}, [U], "A dog.", "No."),
     "messages beside a chosen text": ({"prompt": "Who?", "chosen": "A dog.", "messages": [U, turn("assistant", "Not this.")]}, "Who?", "A dog.", None),
     "null for what is not there": ({"prompt": "Who?", "chosen": "A dog.", "rejected": None, "verifier": None}, "Who?", "A dog.", None),
-    "further keys, in row and message": ({"messages": [U | {"id": 7}, A | {"name": "x", "tool_calls": None}], "source": "web"}, [U], "A dog.", None),
+    "further keys, in row and message": ({"messages": [U | {"id": 7}, A | {"name": "x", "tool_calls": None}], "source": "web"}, [U | {"id": 7}], "A dog.", None),
+    "prompt and completion": ({"prompt": "Who?", "completion": "A dog."}, "Who?", "A dog.", None),
+    "explicit prompt": ({"prompt": [U], "chosen": [A], "rejected": [turn("assistant", "No.")]}, [U], "A dog.", "No."),
+    "explicit prompt and completion": ({"prompt": [turn("system", "Bark."), U], "completion": [A]}, [turn("system", "Bark."), U], "A dog.", None),
+    "explicit prompt, answers as text": ({"prompt": [U], "chosen": "A dog.", "rejected": "No."}, [U], "A dog.", "No."),
+    "explicit prompt that the whole repeats": ({"prompt": [U], "chosen": [U, A], "rejected": [U, turn("assistant", "No.")]}, [U], "A dog.", "No."),
+    "the conversation goes on behind the prompt": ({"prompt": [turn("system", "Bark."), U], "chosen": [A, U, turn("assistant", "A cat.")]},
+                                                   [turn("system", "Bark."), U, A, U], "A cat.", None),
+    "a plain prompt before one message": ({"prompt": "Who?", "chosen": [A]}, [U], "A dog.", None),
+    "capybara": ({"source": "Dove", "conversation": [{"input": "Who?", "output": "A dog."}], "original_response": "A dog.", "generation_prompt": ["x"],
+                  "raw_generation_responses": ["x"], "new_generations": ["x"], "prompt": "user: Who?\nassistant: A dog.\nuser: Sure?\n",
+                  "chosen": [U, A, turn("user", "Sure?"), turn("assistant", "Yes.")], "rejected": [U, A, turn("user", "Sure?"), turn("assistant", "No.")],
+                  "rating_chosen": 5, "rating_rejected": 4, "chosen_model": "a", "rejected_model": "b"}, [U, A, turn("user", "Sure?")], "Yes.", "No."),
     "blanks are kept": ({"prompt": " Who?\n", "chosen": "\n A dog. "}, " Who?\n", "\n A dog. ", None),
 }
 
@@ -83,24 +97,31 @@ SHAPES = {      # the row: (turns, chosen, rejected)
 def test_a_row_may_have_any_of_the_usual_shapes(shape):
     raw, turns, chosen, rejected = SHAPES[shape]
     row = Row(raw, "here")
-    assert (row.turns, row.chosen, row.rejected) == (turns, chosen, rejected)
+    assert content([row]) == [(turns, chosen, rejected, None)]
 
 
 def content(rows):
-    return [(row.turns, row.chosen, row.rejected, row.verifier) for row in rows]
+    return [(row.turns, row.chosen["content"], row.rejected and row.rejected["content"], row.verifier) for row in rows]
 
 
 def test_every_kind_of_file_holds_the_same_rows(tmp_path):
-    """Lines, gzip, a list; a byte-order mark, Windows' line ends, blank lines, no newline at the end, Unicode escaped or not."""
+    """Lines, gzip, a list, whatever the name; a folder, several files; a byte-order mark, Windows' line ends, blank lines, no newline at the end, Unicode escaped or not."""
     raws = [raw for raw, *_ in SHAPES.values()] + [{"prompt": "caf\u00e9 \U0001f600\u2028", "chosen": "\u00fc\u0085", "verifier": {"must": ["\u00fc"]}}]
     lines = [json.dumps(raw, ensure_ascii=i % 2 == 0).encode() for i, raw in enumerate(raws)]
     files = {"lf.jsonl": b"\n".join(lines) + b"\n", "open.jsonl": b"\n".join(lines), "crlf.jsonl": b"\r\n".join(lines) + b"\r\n",
              "bom.jsonl": b"\xef\xbb\xbf" + b"\n".join(lines), "blank.jsonl": b"\n\n" + b"\n \t\n".join(lines) + b"\n\n", "other.txt": b"\n".join(lines),
-             "zipped.jsonl.gz": gzip.compress(b"\n".join(lines)), "list.json": json.dumps(raws, indent=2).encode()}
+             "zipped.jsonl.gz": gzip.compress(b"\n".join(lines)), "list.json": json.dumps(raws, indent=2).encode(),
+             "lines.json": b"\xef\xbb\xbf" + b"\n".join(lines), "list.jsonl": b"\n\xef\xbb\xbf[" + b",\n".join(lines) + b"]"}
     expected = content(Row(raw, "") for raw in raws)
     for name, file in files.items():
         (tmp_path / name).write_bytes(file)
         assert content(read_rows(tmp_path / name)) == expected, name
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for i, part in enumerate((lines[:3], lines[3:9], lines[9:])):
+        (parts / f"part-{i}.jsonl").write_bytes(b"\n".join(part))
+    (parts / "README.md").write_text("not a row")
+    assert content(read_rows(parts)) == expected == content(read_rows(",".join(str(parts / f"part-{i}.jsonl") for i in range(3))))
 
 
 def test_blank_lines_count_in_the_number_of_a_malformed_line(tmp_path):
@@ -111,7 +132,7 @@ def test_blank_lines_count_in_the_number_of_a_malformed_line(tmp_path):
 
 def test_the_tiny_worlds_rows_are_read_with_their_verifiers():
     rows = read_rows(ROOT / "data/tiny_test.jsonl")
-    assert len(rows) == 200 and all(passes(row.chosen, row.verifier) for row in rows)
+    assert len(rows) == 200 and all(passes(row.chosen["content"], row.verifier) for row in rows)
 
 
 def test_a_verifier_may_stand_under_its_old_name_judge(tmp_path):
@@ -175,8 +196,8 @@ def test_the_prompt_loses_its_left_end_but_not_its_bos_then_the_response_its_rig
 
 
 def test_rows_without_a_response_are_dropped_and_counted_and_verifiers_stay_with_their_rows():
-    """A response that begins with its end, or was nothing but one."""
-    texts = ["<|end|>", "One.", "<|end|> Two.", "Three.", "Four."]
+    """A response that was nothing but its end, once or twice."""
+    texts = ["<|end|>", "One.", "<|end|><|end|> ", "Three.", "Four."]
     rows = [Row({"prompt": "a", "chosen": t, "verifier": {"must": [t]}}, "") for t in texts]
     data = Data(rows, tiny_text(), Config(max_prompt_length=9, max_length=30), "some")
     kept = [tiny_text().decode(data[i].chosen, True) for i in range(len(data))]
@@ -214,9 +235,20 @@ def test_a_token_that_both_begins_and_ends_texts_begins_even_an_empty_one():
     assert prompt == [END] and chosen == text.tokenizer.encode("A dog.", add_special_tokens=False).ids + [END]
 
 
-def test_a_response_with_an_end_token_in_its_middle_ends_at_its_last():
-    (_, chosen, _), = tiny_text().encode([Row({"prompt": "a", "chosen": "One.<|end|> Two."}, "")])
-    assert chosen.count(END) == 2 and chosen[-1] == END
+@pytest.mark.parametrize("text", [tiny_text(), plain_text("<s> $A"), plain_text("<s> $A <|end|>")], ids=["template", "plain", "closed"])
+def test_an_end_token_typed_in_an_answer_is_its_end_or_is_refused(text):
+    """The rest of the answer must not be dropped, and what the model stops at must not stand inside."""
+    rows = [Row({"prompt": "a", "chosen": answer}, "here") for answer in (" One.", " One.<|end|>", " One.<|end|>\n", " One.<|end|><|end|>")]
+    encoded = text.encode(rows)
+    assert all(row == encoded[0] for row in encoded) and encoded[0][1].count(END) == 1
+    for answer in (" One.<|end|> Two.", "<|end|>One.", " One.<|end|> Two.<|end|>"):
+        with pytest.raises(BadInput, match="^here: an end token stands inside the answer"):
+            text.encode([Row({"prompt": "a", "chosen": answer}, "here")])
+
+
+def test_a_plain_prompt_may_end_in_the_end_token():
+    (prompt, chosen, _), = plain_text("<s> $A").encode([Row({"prompt": "Who?<|end|>", "chosen": "A dog."}, "")])
+    assert prompt[-1] == END and chosen[-1] == END and chosen.count(END) == 1
 
 
 def test_stories260k_takes_plain_text(shared):
@@ -228,9 +260,10 @@ def test_stories260k_takes_plain_text(shared):
 
 
 @pytest.mark.parametrize("generation, config, expected", [
-    ({"eos_token_id": [2, 3]}, {"eos_token_id": 4}, (1, 2, 3, 4)), ({"eos_token_id": 7}, {}, (1, 7)), ({}, {"eos_token_id": [5, 5]}, (1, 5)),
+    ({"eos_token_id": [2, 3]}, {"eos_token_id": 4}, (1, 2, 3, 4)), ({"eos_token_id": 7}, {}, (1,)), ({}, {"eos_token_id": [5, 5]}, (1,)),
     ({"eos_token_id": None}, {"eos_token_id": None}, (1,)), ({"eos_token_id": [False, "2", 2.0, -1, 10**6, 3]}, {}, (1, 3))])
-def test_end_tokens_are_a_set_from_three_files(generation, config, expected):
+def test_end_tokens_are_a_set_from_three_files_without_stale_numbers(generation, config, expected):
+    """7 and 5 are ordinary tokens: a home-made checkpoint keeps the 2 that its config class was born with."""
     files = companions(TINY) | {"generation_config.json": json.dumps(generation).encode()}
     assert Text(files, TINY, ModelConfig(**NUMBERS | {"vocab_size": 1024}, source=config)).eos == expected
 
@@ -594,7 +627,7 @@ def measure(number):
     from resource import RUSAGE_SELF, getrusage  # not on Windows
     peak = lambda: getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     with tempfile.TemporaryDirectory() as folder:
-        path, stories = Path(folder) / "rows.jsonl", [row.chosen for row in read_rows(ROOT / "data/tiny_base.jsonl")]
+        path, stories = Path(folder) / "rows.jsonl", [row.chosen["content"] for row in read_rows(ROOT / "data/tiny_base.jsonl")]
         with open(path, "w", encoding="utf-8") as f:
             for i in range(number):
                 f.write(json.dumps({"prompt": f"Tell story {i}.", "chosen": stories[i % len(stories)] + f" The end, {i}."}) + "\n")

@@ -25,8 +25,9 @@ from conftest import ROOT, small_model
 from safetensors.torch import load_file, save_file
 
 import train
-from machine import dataset, folders, parallel
-from machine.dataset import MAX_LINE
+from machine import folders, parallel
+from machine import text as chat
+from machine.rows import MAX_LINE
 from machine.flags import Config
 from machine.folders import companions, save_pretrained
 from model import Transformer
@@ -85,7 +86,7 @@ def call(folder, argv):
         for target, name in ((parallel, "load_pretrained"), (parallel, "read_weights"), (folders, "read_weights"),
                              (Transformer, "init_weights")):
             stack.enter_context(mock.patch.object(target, name, reached))
-        stack.enter_context(mock.patch.object(dataset, "MAX_TEXT", SHORT))
+        stack.enter_context(mock.patch.object(chat, "MAX_TEXT", SHORT))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(err))
         os.chdir(folder)
@@ -256,12 +257,13 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "data that are not there": (flags("--data none.jsonl"), "none.jsonl", "No such file"),
     "eval data that are not there": (flags("--eval-data none.jsonl"), "none.jsonl", "No such file"),
     "SFT data that are not there": (flags("--sft-data none.jsonl"), "none.jsonl", "No such file"),
-    "data that are a folder": (flags("--data model"), "model", "directory"),
-    "data in parquet": (files("--data rows.parquet", rows_parquet=b"PAR1"), "rows.parquet", "convert parquet first", "to_json"),
+    "data that are a model's folder": (flags("--data model"), "model/config.json, line 1", "not JSON"),
+    "data that are a folder of something else": (files("--data notes", note="x"), "notes", "no .jsonl or .json file in it"),
+    "data in parquet": (files("--data rows.parquet", rows_parquet=b"PAR1"), "rows.parquet", "only JSON lines are read", "to_json"),
     "data in an unsound gzip": (files("--data rows.jsonl.gz", rows_gz=b"not gzip"), "rows.jsonl.gz", "cannot be read"),
     "data in a gzip cut short": (files("--data rows.jsonl.gz", rows_gz=gzip.compress(b'{"prompt": "a", "chosen": "b"}\n' * 99)[:-12]),
                                  "rows.jsonl.gz", "cannot be read"),
-    "data in .json that are not a list": (files("--data rows.json", rows_json={"prompt": "a", "chosen": "b"}), "rows.json", "list of rows", ".jsonl"),
+    "data in .json that are one object": (files("--data rows.json", rows_json={"data": [{"prompt": "a", "chosen": "b"}]}), "rows.json, line 1", "['data']"),
     "data in .json that are cut short": (files("--data rows.json", rows_json=b'[{"prompt": "a"'), "rows.json", "JSON"),
     "a row of a .json list": (files("--data rows.json", rows_json=[{"prompt": "a", "chosen": "b"}, {"prompt": "a"}]), "rows.json, row 2", "chosen"),
     "an empty file": (files(rows=b""), "rows.jsonl", "no rows"),
@@ -275,12 +277,12 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a line of 100,000 brackets": (line(b"[" * 100_000), "rows.jsonl, line 3", "not JSON"),
     "a line of 10 MB": (line(b'"' + b"a" * MAX_LINE), "rows.jsonl, line 3", "longer than", "JSON lines"),
     "a row without a prompt": (line({"chosen": "b"}), "rows.jsonl, line 3", "prompt is missing", "messages"),
-    "a row without a response": (line({"prompt": "a"}), "rows.jsonl, line 3", "chosen is missing"),
-    "a response that is a number": (line({"prompt": "a", "chosen": 7}), "rows.jsonl, line 3", "chosen is missing or not text"),
+    "a row without a response": (line({"prompt": "a"}), "rows.jsonl, line 3", "['prompt']", "needs prompt and chosen"),
+    "a response that is a number": (line({"prompt": "a", "chosen": 7}), "rows.jsonl, line 3", "chosen must be a text or a list of messages"),
     "an empty response": (line({"prompt": "a", "chosen": ""}), "rows.jsonl, line 3", "response is empty"),
     "a response of blanks": (line({"prompt": "a", "chosen": " \n"}), "rows.jsonl, line 3", "response is empty"),
-    "an empty worse response": (line({"prompt": "a", "chosen": "b", "rejected": " "}), "rows.jsonl, line 3", "rejected", "left out"),
-    "no messages": (line({"messages": []}), "rows.jsonl, line 3", "assistant"),
+    "an empty worse response": (line({"prompt": "a", "chosen": "b", "rejected": " "}), "rows.jsonl, line 3", "the rejected response is empty"),
+    "no messages": (line({"messages": []}), "rows.jsonl, line 3", "messages must be a"),
     "messages that end with the user's": (line({"messages": [turn("assistant", "a"), turn("user", "b")]}), "rows.jsonl, line 3", "assistant"),
     "messages without a question": (line({"messages": [turn("assistant", "b")]}), "rows.jsonl, line 3", "before the assistant's answer"),
     "a message without content": (line({"messages": [{"role": "user"}, turn("assistant", "b")]}), "rows.jsonl, line 3", "role and a content"),
@@ -344,7 +346,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a tokenizer of bytes": (files(tokenizer=b"\xff\xfe" * 99), "model/tokenizer.json", "not a tokenizer"),
     "a tokenizer that is another object": (files(tokenizer={"model": 3}), "model/tokenizer.json", "not a tokenizer"),
     "more tokens than the model has": (both(edit("config", vocab_size=900), weights(lambda w: w.update(
-        {k: w[k][:900].clone() for k in ("lm_head.weight", "model.embed_tokens.weight")}))), "946 tokens", "only 900", "resize"),
+        {k: w[k][:900].clone() for k in ("lm_head.weight", "model.embed_tokens.weight")}))), "ids go up to 945", "only 900", "resize"),
     "no end token": (both(files(generation_config=None, chat_template=None), edit("tokenizer_config", eos_token=None),
                           edit("config", eos_token_id=None)), "no end token"),
     "conversations without a chat template": (both(NO_TEMPLATE, line({"messages": [turn("user", "a"), turn("assistant", "b")]})), "--chat-template"),
@@ -352,7 +354,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a template file that is not UTF-8": (files("--chat-template template.jinja", template=b"\xff\xfe{{ x }}"),
                                           "--chat-template template.jinja", "cannot be read"),
     "a template that is not Jinja": (template("{% for m in messages %}{{ m.content }}"), "not valid Jinja"),
-    "a template that is a number": (both(NO_TEMPLATE, edit("tokenizer_config", chat_template=7)), "chat template"),
+    "a template that is a number": (both(NO_TEMPLATE, edit("tokenizer_config", chat_template=7)), "chat_template is not text"),
     "a template that makes a book of a line": (template(f"{{{{ 'a' * {SHORT + 1} }}}}"), "chat template makes 10,001 characters",
                                                "one conversation", "10,000"),
     "a template that counts to 10^9": (template("{% for i in range(10**9) %}{% endfor %}"), "chat template", "Range too big"),

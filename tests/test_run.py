@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 import train
 from buffer import unpack
 from machine.checkpoint import from_disk
-from machine.dataset import Row, Text
+from machine.rows import Row
+from machine.text import Text
 from machine.flags import DATA, Config
 from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained
 from model import Transformer, generate

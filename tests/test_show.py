@@ -12,7 +12,7 @@ import show
 import train
 from buffer import Pair, collate
 from losses import score
-from machine.dataset import Text
+from machine.text import Text
 from machine.folders import load_pretrained
 from machine.report import pair_text
 

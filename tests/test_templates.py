@@ -18,8 +18,10 @@ import pytest
 from conftest import NUMBERS, ROOT, oracle
 from tokenizers import AddedToken, Tokenizer, processors
 
-from machine import dataset
-from machine.dataset import Row, Text, compile_template
+from machine import text as chat
+from machine.rows import Row
+from machine.template import compile_template
+from machine.text import Text
 from machine.files import BadInput
 from machine.folders import companions
 from model import ModelConfig
@@ -195,6 +197,8 @@ ALTERNATE = ["roles alternate", "mistral"]
 ALL = [(world, name) for world in (*WORLDS, *REAL) for name in CONVERSATIONS if not (name in SYSTEM and world in ALTERNATE)]
 IDS = [f"{world}-{name}" for world, name in ALL]
 CASES = pytest.mark.parametrize("world, name", ALL, ids=IDS)
+ESCAPED = [("marked generation", name) for name in ("blanks inside", "code", "HTML and quotes", "thoughts")]     # JSON changes their letters
+PROVEN = pytest.mark.parametrize("world, name", [case for case in ALL if case not in ESCAPED])
 EACH = pytest.mark.parametrize("world", [*WORLDS, *REAL])
 
 
@@ -275,9 +279,9 @@ def test_a_rendered_text_is_at_most_so_long(monkeypatch):
     """The bound is on what the template makes of a conversation, so that short data cannot become endless prompts."""
     text, turns = ours("llama3, dated"), CONVERSATIONS["many turns"]
     whole = text.render(turns)
-    monkeypatch.setattr(dataset, "MAX_TEXT", len(whole))
+    monkeypatch.setattr(chat, "MAX_TEXT", len(whole))
     assert text.render(turns) == whole
-    monkeypatch.setattr(dataset, "MAX_TEXT", len(whole) - 1)
+    monkeypatch.setattr(chat, "MAX_TEXT", len(whole) - 1)
     with pytest.raises(BadInput, match=f"^the chat template makes {len(whole)} characters of one conversation; .*{len(whole) - 1}"):
         text.render(turns)
     assert text.render(turns[:2]) in whole
@@ -285,7 +289,7 @@ def test_a_rendered_text_is_at_most_so_long(monkeypatch):
 
 # ---------------------------------------------------------------- prompt and response
 
-@CASES
+@PROVEN
 def test_prompt_and_response_are_the_whole_conversation_up_to_its_end_token(world, name):
     """What the template writes after the end token (a newline, a blank) is dropped, and nothing else."""
     text, turns = ours(world), CONVERSATIONS[name]
@@ -295,7 +299,7 @@ def test_prompt_and_response_are_the_whole_conversation_up_to_its_end_token(worl
     assert chosen[-1] == text.end and text.end in text.eos
 
 
-@CASES
+@PROVEN
 def test_the_prompt_is_what_the_model_is_asked_with(world, name):
     """The generation prompt, without its last token where that one reaches into the response, as a newline before a blank may."""
     prompt, asked = encode(world, CONVERSATIONS[name])[0], theirs(world, CONVERSATIONS[name][:-1], add_generation_prompt=True)
@@ -304,7 +308,7 @@ def test_the_prompt_is_what_the_model_is_asked_with(world, name):
     assert prompt == asked or world in ALTERNATE or "blanks" in name
 
 
-@CASES
+@PROVEN
 def test_a_response_ends_with_one_end_token_and_a_conversation_begins_with_one_bos(world, name):
     text, (prompt, chosen) = ours(world), encode(world, CONVERSATIONS[name])
     assert [i for i in chosen if i in text.eos] == [text.end]
@@ -328,13 +332,13 @@ def test_thoughts_of_earlier_turns_are_left_out_and_the_last_answer_opens_with_i
     assert text.decode(encode(world, CONVERSATIONS["one turn"])[1]) == "<think>\n\n</think>\n\nA dog.<|im_end|>"
 
 
-def test_where_the_whole_renders_another_prompt_the_common_part_is_the_prompt():
+def test_where_the_whole_renders_another_prompt_the_prompt_is_that_of_inference():
     """Qwen3 adds an empty think block to the question when thinking is off, which the whole conversation may not repeat."""
     source = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
     assert source != CHATML
     text = Text(companions(folder_of("chatml")) | {"chat_template.jinja": source.encode()}, "here", ROOMY)
     (prompt, chosen, _), = text.encode([Row({"prompt": "Who?", "chosen": "A dog."}, "here")])
-    assert text.decode(prompt).endswith("<|im_start|>assistant\n") and text.decode(chosen) == "A dog.<|im_end|>"
+    assert text.decode(prompt) == text.render([user("Who?")], True) and text.decode(chosen) == "A dog.<|im_end|>"
 
 
 def test_both_answers_of_a_row_share_one_prompt():
@@ -355,7 +359,7 @@ def test_a_template_that_closes_no_answer_gets_the_tokenizers_end_token():
 
 def test_a_template_may_stand_in_three_places():
     """chat_template.jinja beats tokenizer_config.json, where it is a text or a list; --chat-template beats both."""
-    folder = folder_of("roles alternate")
+    folder, every = folder_of("roles alternate"), "{% for m in messages %}{{ m.content }}{% endfor %}"
     files = companions(folder)
     del files["chat_template.jinja"]
 
@@ -363,12 +367,14 @@ def test_a_template_may_stand_in_three_places():
         more = {"tokenizer_config.json": json.dumps(json.loads(files["tokenizer_config.json"]) | settings).encode()}
         return Text(files | more | ({"chat_template.jinja": jinja} if jinja else {}), folder, ROOMY, file).render([user("x")])
 
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "listed"}]
-    assert first_line({"chat_template": "plain"}) == "plain"
-    assert first_line({"chat_template": named}) == "listed"
-    assert first_line({"chat_template": named}, b"file") == "file"
-    (folder / "other.jinja").write_text("{{ messages[0].content }} given")
-    assert first_line({"chat_template": named}, b"file", folder / "other.jinja") == "x given"
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": f"{every} listed"}]
+    assert first_line({"chat_template": f"{every} plain"}) == "x plain"
+    assert first_line({"chat_template": named}) == "x listed"
+    assert first_line({"chat_template": named}, f"{every} file".encode()) == "x file"
+    (folder / "other.jinja").write_text(f"{every} given")
+    assert first_line({"chat_template": named}, f"{every} file".encode(), folder / "other.jinja") == "x given"
+    with pytest.raises(BadInput, match=r"none of the checkpoint's chat templates \(tool_use\) is named default; .* --chat-template FILE"):
+        first_line({"chat_template": named[:1]})
 
 
 def test_a_checkpoint_without_a_template_takes_plain_prompts_only():

@@ -33,7 +33,8 @@ from test_model import FAMILIES, edit, load_theirs, read, transformers_4
 import train
 from conftest import NUMBERS, oracle, random_texts, small_hf_model
 from machine import folders
-from machine.dataset import Row, Text
+from machine.rows import Row
+from machine.text import Text
 from machine.flags import DATA, parse
 from machine.folders import companions, load_pretrained, save_pretrained, saved_dtype
 from machine.parallel import World, starting_model

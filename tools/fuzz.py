@@ -38,7 +38,9 @@ import torch
 
 import train
 from machine import folders
-from machine.dataset import Data, Text, read_rows
+from machine.dataset import Data
+from machine.rows import read_rows
+from machine.text import Text
 from machine.files import BadInput
 from machine.flags import Config
 from machine.folders import companions, read_config, save_pretrained
@@ -53,7 +55,8 @@ ROWS = [{"prompt": "Who is Ada?", "chosen": "A girl with a red kite."},
          "verifier": {"must": ["park"], "must_not": ["rain"]}},
         {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]},
         {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
-                    {"role": "assistant", "content": "d"}], "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "e"}],
+                    {"role": "assistant", "content": "d"}], "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                                                                  {"role": "user", "content": "c"}, {"role": "assistant", "content": "e"}],
          "id": 7}]
 CONFIGS = {"llama": {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": False, "rope_theta": 5e5, "torch_dtype": "float32",
                      "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -64,7 +67,7 @@ CONFIGS = {"llama": {"model_type": "llama", "tie_word_embeddings": True, "attent
            "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "attention_bias": False, "use_cache": True}}
 GENERATION = {"bos_token_id": 0, "eos_token_id": [1, 4], "pad_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9,
               "_from_model_config": True}
-CHATML = """{%- if messages[0]['role'] == 'system' %}{% set first = 1 %}{% else %}{% set first = 0 %}{{ '<|system|>You are kind.<|end|>' }}{% endif %}
+CHATML = """{%- if messages[0]['role'] == 'system' %}{% set first = 1 %}{{ '<|system|>' + messages[0]['content'] + '<|end|>' }}{% else %}{% set first = 0 %}{{ '<|system|>You are kind.<|end|>' }}{% endif %}
 {%- for message in messages[first:] %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
     {{- '<|' + message.role + '|>' + message['content'] | trim }}{% generation %}{{ eos_token }}{% endgeneration %}

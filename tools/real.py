@@ -25,7 +25,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import study
 from buffer import Pair
-from machine.dataset import Data, Text, read_rows
+from machine.dataset import Data
+from machine.rows import read_rows
+from machine.text import Text
 from machine.flags import parse
 from machine.folders import companions, load_pretrained
 from machine.report import one_line
@@ -143,7 +145,7 @@ def main(argv=None):
                            seconds.get(variant, "")] for variant, row in rows.items()]))
     for i, row in enumerate(read_rows(args.eval_data)[:args.samples]):
         prompt = row.turns if isinstance(row.turns, str) else row.turns[-1]["content"]
-        shown = {"prompt": prompt, "y+": row.chosen, **{variant: texts[variant][i] for variant in texts}}
+        shown = {"prompt": prompt, "y+": row.chosen["content"], **{variant: texts[variant][i] for variant in texts}}
         print("\n" + "\n".join(f"{name:<13} {one_line(text, 150)}" for name, text in shown.items()))
     return 0
 

@@ -20,7 +20,7 @@ import torch
 
 from buffer import Pair, collate
 from losses import batch_logps
-from machine.dataset import Text
+from machine.text import Text
 from machine.files import BadInput, parse_json, read_json
 from machine.folders import companions, config_from_dict, load_pretrained
 from machine.report import one_line

@@ -41,7 +41,9 @@ import train
 from buffer import collate, pack, unpack
 from losses import score
 from machine.checkpoint import from_disk, to_disk
-from machine.dataset import Data, Text, read_rows
+from machine.dataset import Data
+from machine.rows import read_rows
+from machine.text import Text
 from machine.files import write_json
 from machine.flags import parse
 from machine.folders import companions, load_pretrained

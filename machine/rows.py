@@ -1,0 +1,208 @@
+"""Data files and their rows: what people have becomes a `Row`, or one line says how to make it one.
+
+A Row is a conversation or a plain prompt, with its answer, as the user wrote it. Leaves out tokens (text.py).
+"""
+
+import gzip
+import json
+import re
+import zlib
+from pathlib import Path
+
+from machine.files import BadInput, parse_json
+
+MAX_LINE = 10_000_000       # bytes of one data line
+NEED = "a row needs prompt and chosen (or completion), or messages"
+RECIPE = ("convert it once: python -c \"from datasets import load_dataset; "
+          "load_dataset({source}, split='train'){steps}.to_json('rows.jsonl')\"")
+KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".zst": "json", ".xz": "json"}
+SHAPES = (      # the columns of what is not read, its name, and how the datasets library makes rows of it
+    ({"conversations"}, "ShareGPT", ".map(lambda r: {'messages': [{'role': {'human': 'user', 'gpt': "
+     "'assistant'}.get(m.get('from'), m.get('role', m.get('from'))), 'content': m.get('value', "
+     "m.get('content'))} for m in r['conversations']]}).select_columns(['messages'])"),
+    ({"instruction", "output"}, "Alpaca", ".map(lambda r: {'prompt': '\\n\\n'.join(filter(None, "
+     "[r['instruction'], r.get('input')])), 'chosen': r['output']}).select_columns(['prompt', 'chosen'])"),
+    ({"prompt", "completion", "label"}, "KTO",
+     ".filter(lambda r: r['label']).select_columns(['prompt', 'completion'])"),
+    ({"chosen", "rejected"}, "hh-rlhf", ".map(lambda r: {'messages': [{'role': ('user', 'assistant')[i % 2], "
+     "'content': t} for i, t in enumerate(__import__('re').split('\\n\\n(?:Human|Assistant): ', "
+     "r['chosen'])[1:])]}).select_columns(['messages'])"))
+ELSEWHERE = {   # columns that change what a row means, and where that belongs
+    "system": "put it into the messages, as a first one of role system",
+    "weight": "rows are not weighed; repeat or remove them",
+    "function_call": "put it into a message", "tool_calls": "put it into a message",
+    "reasoning_content": "put it into a message"}
+ROLE_WORDS = r"\W|_|user|assistant|system|human|im_start|im_end|inst"
+
+
+class Row:
+    """One data row, checked. turns: the messages before the answer, or a plain prompt; chosen, rejected: the
+    answer and perhaps a worse one, each a message, {"role": "assistant", "content": str, ...}; more: what
+    else the chat template is given, such as tools; verifier: {"must": [words], "must_not": [words]} or None;
+    place: file and line."""
+    __slots__ = ("turns", "chosen", "rejected", "more", "verifier", "place")
+
+    def __init__(self, raw, place):
+        self.place = place
+        self.need(isinstance(raw, dict),
+                  'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
+        raw = {key: value for key, value in raw.items() if value is not None}
+        for columns, name, steps in SHAPES:
+            if columns <= set(raw) and (name != "hh-rlhf" or str(raw["chosen"]).startswith("\n\nHuman:")):
+                file = re.sub(r", (line|row) \d+$", "", str(place))
+                recipe = RECIPE.format(source=f"'json', data_files={file!r}", steps=steps)
+                raise BadInput(f"{place}: columns {str(sorted(raw))[:80]} are {name}'s; {recipe}")
+        for key, cure in ELSEWHERE.items():
+            self.need(key not in raw, f"the column {key} would be lost; {cure}")
+        self.more = {"tools": raw["tools"]} if raw.get("tools") else {}
+        self.need(isinstance(raw.get("tools", []), list), "tools must be a list, not a text that holds one")
+        kwargs = raw.get("chat_template_kwargs", {})
+        self.need(isinstance(kwargs, dict), "chat_template_kwargs must be an object")
+        self.more |= {key: value for key, value in kwargs.items() if value is not None}
+        self.turns, self.chosen = self._conversation(raw)
+        self.rejected = self._answer(raw["rejected"], "rejected") if "rejected" in raw else None
+        self.verifier = raw.get("verifier", raw.get("judge"))              # `judge` is an older name
+        self.need(self.verifier is None or _is_verifier(self.verifier),
+                  'verifier must be {"must": [words], "must_not": [words]}')
+
+    def need(self, good, what):
+        if not good:
+            raise BadInput(f"{self.place}: {what}")
+
+    def _conversation(self, raw):
+        """(turns, the chosen answer). As TRL has it, a conversation is whole in `messages` or `chosen`, or
+        begins in `prompt` and ends in `chosen` or `completion`."""
+        key = next((key for key in ("chosen", "completion", "messages") if key in raw), None)
+        prompt, answer = raw.get("prompt"), raw.get(key)
+        self.need(key, f"columns {str(sorted(raw))[:80]}: {NEED}; datasets' rename_column renames one")
+        for text in (prompt, answer):
+            self.need(type(text) is not str or not _is_packed(text),
+                      "a list of messages is stored as a text; decode it once with json.loads")
+        if type(answer) is str and key != "messages":
+            self.need("prompt" in raw, f"prompt is missing; {NEED}")
+            turns = prompt if type(prompt) is str else self._messages(prompt, "prompt")
+            return turns, self._answer(answer, key)
+        whole = self._messages(answer, key)
+        if type(prompt) is list and whole[:len(prompt)] != self._messages(prompt, "prompt"):
+            whole = self._messages(prompt, "prompt") + whole
+        elif type(prompt) is str and whole[0]["role"] == "assistant":
+            whole = [{"role": "user", "content": prompt}] + whole
+        elif type(prompt) is str:
+            self._nothing_more(prompt, whole)
+        self.need(type(prompt) in (str, list, type(None)), "prompt must be a text or a list of messages")
+        self.need(whole[-1]["role"] == "assistant", "the last message must be the assistant's")
+        self.need(len(whole) > 1, "a conversation needs a message before the assistant's answer")
+        self._not_empty(whole[-1], key)
+        return whole[:-1], whole[-1]
+
+    def _nothing_more(self, prompt, messages):
+        """A prompt beside a whole conversation may repeat turns of it, and say nothing else."""
+        for message in sorted(messages, key=lambda m: -len(m.get("content", ""))):
+            prompt = prompt.replace(message.get("content", "").strip() or "\0", "")
+        self.need(not re.sub(ROLE_WORDS, "", prompt.lower()),
+                  "prompt says what the conversation beside it does not; put it there, or drop it")
+
+    def _messages(self, value, key):
+        """A list of messages, each without what is null."""
+        self.need(type(value) is list and value, f"{key} must be a text or a list of messages; {NEED}")
+        messages = []
+        for message in value:
+            self.need(isinstance(message, dict) and type(message.get("role")) is str,
+                      f"each message in {key} needs a role and a content, both text")
+            message = {name: part for name, part in message.items() if part is not None and part != []}
+            self.need(type(message.get("content", "")) is str and ("content" in message or len(message) > 1),
+                      f"each message in {key} needs a role and a content, both text")
+            message.setdefault("content", "")
+            messages.append(message)
+        return messages
+
+    def _answer(self, value, key):
+        """The answer as a message, of a text or of a list whose beginning is the conversation's."""
+        if type(value) is str:
+            value = [{"role": "assistant", "content": value}]
+        messages = self._messages(value, key)
+        if len(messages) > 1:
+            self.need(messages[:-1] == self.turns, f"{key} has another history than chosen")
+        self.need(messages[-1]["role"] == "assistant", f"the last message in {key} must be the assistant's")
+        self._not_empty(messages[-1], key)
+        return messages[-1]
+
+    def _not_empty(self, message, key):
+        self.need(message["content"].strip() or len(message) > 2, f"the {key} response is empty")
+
+
+def _is_packed(text):
+    """Whether a text is a list of messages in JSON."""
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return bool(value) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+
+
+def _is_verifier(value):
+    if not isinstance(value, dict) or set(value) - {"must", "must_not"}:
+        return False
+    if not all(isinstance(words, list) for words in value.values()):
+        return False
+    return all(isinstance(word, str) and word for words in value.values() for word in words)
+
+
+# ---------------------------------------------------------------------------------- files
+def read_rows(where):
+    """The Rows of a file of JSON lines or of a JSON list, perhaps in gzip; of a folder of such files; or of
+    several, separated by commas. BadInput names file and line of a bad row."""
+    paths = [where] if Path(where).exists() else str(where).split(",")
+    rows = []
+    for path in map(Path, paths):
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", p.name))
+            other = sorted(p for p in path.iterdir() if p.suffix in KINDS)
+            if not files:
+                raise BadInput(_convert(other[0]) if other else f"{path}: no .jsonl or .json file in it")
+        for file in files:
+            rows += _rows_of(file)
+    return rows
+
+
+def _convert(path):
+    recipe = RECIPE.format(source=f"'{KINDS[path.suffix]}', data_files={str(path)!r}", steps="")
+    return f"{path}: only JSON lines are read; {recipe}"
+
+
+def _rows_of(path):
+    if path.suffix in KINDS:
+        raise BadInput(_convert(path))
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
+        raise BadInput(f"{path}: no such file; if it is a data set of the hub, "
+                       + RECIPE.format(source=repr(str(path)), steps=""))
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            rows = [Row(raw, place) for raw, place in _values(file, path)]
+    except (OSError, EOFError, ValueError, zlib.error) as error:     # ValueError: a name no file can have
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not rows:
+        raise BadInput(f"{path}: no rows in it")
+    return rows
+
+
+def _values(file, path):
+    """(value, its place) for each JSON line of a file, or for each row of the JSON list that it is."""
+    number = rows = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        place = f"{path}, line {number}"
+        if not rows and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            for row, raw in enumerate(parse_json(line + file.read(), path), 1):
+                yield raw, f"{path}, row {row}"
+            return
+        if len(line) > MAX_LINE:
+            raise BadInput(f"{place}: longer than {MAX_LINE:,} bytes; is this a file of JSON lines?")
+        if line.strip():
+            rows += 1
+            yield parse_json(line, place), place

@@ -1,0 +1,67 @@
+"""A chat template: where it stands, and jinja2's sandbox set up as transformers has it."""
+
+import datetime
+import json
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from machine.files import BadInput
+
+
+def find_template(files, settings, template_file):
+    """The chat template's source, or "": --chat-template's, chat_template.jinja, or the tokenizer's."""
+    if template_file:
+        try:
+            return Path(template_file).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--chat-template {template_file}: cannot be read ({error})") from None
+    source = files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+    source = source or settings.get("chat_template") or ""
+    if isinstance(source, list):         # [{name, template}, ...]: take the default one
+        named = [(t.get("name"), t.get("template")) for t in source if isinstance(t, dict)]
+        default = [template for name, template in named if name == "default"]
+        if not default:
+            names = ", ".join(str(name)[:40] for name, _ in named)
+            raise BadInput(f"none of the checkpoint's chat templates ({names}) is named default; save the "
+                           "one to use to a file and give it by --chat-template FILE")
+        source = default[0]
+    if not isinstance(source, str):
+        raise BadInput("the checkpoint's chat_template is not text; give one by --chat-template FILE")
+    return source
+
+
+class Generation(Extension):
+    """{% generation %} marks the assistant's tokens for others; here it only renders what it holds."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        held = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(held, lineno=line)
+
+
+def compile_template(source):
+    """A chat template in jinja2's immutable sandbox, with transformers' filters and globals; its date stands.
+
+    The sandbox keeps a template from reaching anything. It does not keep it from taking long.
+    """
+    def raise_exception(message):
+        raise jinja2.TemplateError(str(message))
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception,
+                            "strftime_now": datetime.datetime(2024, 7, 26).strftime}
+    try:
+        return environment.from_string(source)
+    except Exception as error:           # constants are folded here, so this can raise anything as well
+        reason = " ".join(str(error).split())[:160]
+        raise BadInput(f"the chat template is not valid Jinja: {reason}") from None

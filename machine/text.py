@@ -1,0 +1,370 @@
+"""A row as text and as token ids: rendered by the chat template, tokenised, proven to be what was written.
+
+**How a row becomes (prompt ids, response ids)**, for any chat template:
+
+* The prompt is what the model will be given at inference: the template's text of the turns before the answer,
+  with the generation prompt.
+* The response is the answer as the user wrote it, with what the template puts around it, up to and including
+  the first end token after it. An end token that is typed at the answer's end is taken for that end.
+* Both are tokenised as one text. A token that reaches over the border belongs to the response.
+
+`Text.encode` proves of each row that what the user wrote stands in the prompt and the answer in the response,
+and that one end token closes it. Leaves out the shapes of rows (rows.py), and truncation (dataset.py).
+"""
+
+import json
+import re
+import unicodedata
+from itertools import islice
+from os.path import commonprefix
+
+from tokenizers import AddedToken, Tokenizer
+
+from buffer import common_prefix
+from machine.files import BadInput, json_or_nothing
+from machine.rows import Row
+from machine.template import compile_template, find_template
+
+MAX_TEXT = 10_000_000       # characters of one rendered conversation
+MANNERS = {"single_word", "lstrip", "rstrip", "normalized", "special"}       # of a token that is added
+MEANING = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "documents",
+           "weight", "train"}           # keys without which a row says something else
+
+
+# ----------------------------------------------------------------------------------- text
+class Text:
+    """Tokenizer and chat template of a checkpoint, from its companion files {name: bytes}.
+
+    `eos` is the set of ids that end an answer, `end` the one that is added where an answer has none.
+    """
+
+    def __init__(self, files, folder, config, template_file=""):
+        self.files, self.template_file = files, template_file
+        self.tokenizer = read_tokenizer(files, folder)
+        self.settings = self._file("tokenizer_config.json", folder)
+        self.special = self._name_tokens(folder)
+        self.vocab = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        if self.vocab > config.vocab_size:
+            raise BadInput(f"{folder}: the tokenizer's ids go up to {self.vocab - 1}, the model has only "
+                           f"{config.vocab_size}; resizing the vocabulary is not implemented, resize and "
+                           "save the model first")
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        self.added = {i: token.content for i, token in added if token.special}
+        self.bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
+        self.typed = _any_of(word for word in self.added.values() if len(word) > 1)
+        bare, whole = self._ids(["a"])[0], self._ids(["a"], True)[0]
+        self.head = whole[:next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)]
+        self.source = find_template(files, self.settings, template_file)
+        self.template = compile_template(self.source) if self.source else None
+        self._find_ends(config, folder)
+
+    def _file(self, name, folder):
+        return json_or_nothing(self.files.get(name), f"{folder}/{name}")
+
+    def _name_tokens(self, folder):
+        """{"eos_token": text, ...} as transformers finds them; what is named becomes a token of its own."""
+        declared = self.settings.get("added_tokens_decoder")
+        if not isinstance(declared, dict):               # two older files say it where the first does not
+            self.settings |= self._file("special_tokens_map.json", folder)
+            added = self._file("added_tokens.json", folder)
+            declared = {str(i): {"content": word} for word, i in added.items()}
+        special = {}
+        for key, value in self.settings.items():
+            value = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(value, str) and value:
+                special[key] = value
+        sound = {int(i): token for i, token in declared.items() if re.fullmatch("[0-9]{1,9}", i)
+                 and isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]}
+        for i, token in sorted(sound.items()):
+            word, kept = token["content"], {key: bool(token[key]) for key in MANNERS & token.keys()}
+            if self.tokenizer.token_to_id(word) is None:
+                self.tokenizer.add_tokens([AddedToken(word, **kept)])
+            if self.tokenizer.token_to_id(word) != i:
+                raise BadInput(f"{folder}: the token {word!r} has id {i} in one file and "
+                               f"{self.tokenizer.token_to_id(word)} in tokenizer.json")
+        for key, word in special.items():
+            if key in ("bos_token", "eos_token") or self.tokenizer.token_to_id(word) is not None:
+                self.tokenizer.add_special_tokens([AddedToken(word, normalized=False)])
+        return special
+
+    def _find_ends(self, config, folder):
+        """The ids that end an answer: those that the files name, and the one the template writes after it.
+
+        An ordinary token that a file names is a stale number as long as there is any other.
+        """
+        self.named = [self.tokenizer.token_to_id(self.special.get("eos_token", ""))]
+        for source in (self._file("generation_config.json", folder), config.source):
+            found = source.get("eos_token_id")
+            self.named += found if isinstance(found, list) else [found]
+        self.named = [i for i in self.named if type(i) is int and 0 <= i < self.vocab]
+        words = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        ends = [i for i in self.named if i in words]
+        self.ends = _any_of(())
+        if self.template:
+            row = Row({"prompt": "a", "chosen": "b"}, folder)
+            after = self._reply(row, row.chosen, self.render(self._turns(row), True))[2]
+            ends = [i for i in self._ids([after])[0] if i in self.added or i in ends][:1] + ends
+        ends = ends or self.named
+        if not ends:
+            raise BadInput(f"{folder}: no end token: neither generation_config.json, config.json nor the "
+                           "tokenizer names one")
+        self.end, self.eos = ends[0], tuple(sorted(set(ends)))
+        self.ends = _any_of(words[i] for i in self.eos if i in words)
+        self.typed_ends = re.compile(rf"(?:(?:{self.ends.pattern})\s*)+\Z")
+
+    def _ids(self, texts, add_special_tokens=False):
+        """Token ids of each text, in one call."""
+        try:
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:   # the library raises bare Exception, its Rust not even that
+            raise BadInput(f"the tokenizer fails on the data ({str(error)[:120]})") from None
+        return [e.ids for e in encoded]
+
+    def render(self, messages, add_generation_prompt=False, **more):
+        """The chat text, exactly as transformers' apply_chat_template(tokenize=False) has it."""
+        try:
+            text = self.template.render(**self.special | {"tools": None, "documents": None} | more,
+                                        messages=messages, add_generation_prompt=add_generation_prompt)
+            text.encode()                # half a surrogate pair is a string, but it is not text
+        except Exception as error:       # a template can raise anything at all
+            reason = " ".join(str(error).split())[:160]
+            raise BadInput(f"the chat template refuses a conversation of roles {_roles(messages)}: "
+                           f"{type(error).__name__}: {reason}") from None
+        if len(text) > MAX_TEXT:
+            raise BadInput(f"the chat template makes {len(text):,} characters of one conversation; "
+                           f"{MAX_TEXT:,} are read at most")
+        return text
+
+    # -- a row
+    def encode(self, rows, remarks=None):
+        """[(prompt ids, chosen ids, rejected ids or None)] of Rows, before truncation; each response ends in
+        one end token. BadInput names a row that is not proven. With `remarks`, a Remarks, such a row is None
+        there instead, and is refused later with all of its kind."""
+        kept = Remarks() if remarks is None else remarks
+        texts = [kept.attempt(row, self._texts, row, kept) or [] for row in rows]
+        parts = [self._split(*ids) if ids else [] for ids in grouped(self._ids, texts)]
+        encoded = []
+        for row, ids, said in zip(rows, parts, grouped(self._decode_batch, parts)):
+            good = ids and kept.attempt(row, self._prove, row, ids, said, kept)
+            encoded.append((*ids, None)[:3] if good else None)
+        if remarks is None:
+            kept.refuse()
+        return encoded
+
+    def _turns(self, row):
+        return [{"role": "user", "content": row.turns}] if isinstance(row.turns, str) else row.turns
+
+    def _texts(self, row, remarks):
+        """[the prompt, the prompt with the answer, and perhaps with the worse one] as text."""
+        answers = [row.chosen] + ([row.rejected] if row.rejected else [])
+        if not self.template:
+            if not isinstance(row.turns, str) or row.more:
+                raise BadInput("the data are conversations, but the checkpoint has no chat template; give "
+                               "one with --chat-template FILE")
+            return [row.turns] + [row.turns + self._open(answer)["content"] for answer in answers]
+        turns, texts = self._turns(row), []
+        opening = self.render(turns, True, **row.more)
+        for answer in map(self._open, answers):
+            start, reply, _ = self._reply(row, answer, opening)
+            self._all_used(row, answer, remarks)
+            texts.append(opening + reply)
+            if start != opening:
+                remarks.add("the prompt is rendered otherwise alone than in the whole conversation, and is "
+                            "trained as it is at inference", row, f"{opening[-60:]!r} is not {start[-60:]!r}")
+        return [opening, *texts]
+
+    def _open(self, answer):
+        """An answer without the end tokens that are typed at its end."""
+        return answer | {"content": self.typed_ends.sub("", answer["content"])}
+
+    def _reply(self, row, answer, opening):
+        """(what the whole conversation has for `opening`, what follows it up to and with the first end token
+        after the answer's text, what stands after that text)."""
+        whole = self.render(self._turns(row) + [answer], **row.more)
+        start, text = len(opening), answer["content"].strip()
+        if not whole.startswith(opening):
+            start = self._seam(row, opening, whole, text)
+        place = whole.find(text, start)
+        after = place + len(text) if place >= 0 else start
+        end = self.ends.search(whole, after)
+        reply = whole[start:end.end() if end else len(whole)]
+        if not _holds(reply, text):
+            raise BadInput(f"the chat template changes the answer: {_short(text)} became {_short(reply)}")
+        return whole[:start], reply, whole[after:]
+
+    def _seam(self, row, opening, whole, text):
+        """Where the answer begins in a conversation that does not begin with the prompt as it is rendered
+        alone: behind the last turn's text and as much of what follows it as both have."""
+        last = self._turns(row)[-1]["content"].strip()
+        stops = [end.start() for end in self.ends.finditer(whole)]
+        place = whole.rfind(text, 0, stops[-1] if stops else len(whole))
+        ours, theirs = opening.rfind(last), whole.rfind(last, 0, place if place >= 0 else len(whole))
+        if ours < 0 or theirs < 0:
+            raise BadInput(f"the chat template loses the last turn before the answer, {_short(last)}")
+        same = len(commonprefix([opening[ours:], whole[theirs:]]))
+        rest = opening[ours + same:]
+        for tag in re.findall(r"<(\w+)>", rest):
+            if f"</{tag}>" not in rest:
+                raise BadInput(f"the chat template opens <{tag}> for the model to go on from, and renders "
+                               "answers without it; give another by --chat-template FILE")
+        return theirs + same
+
+    def _all_used(self, row, answer, remarks):
+        """A key of a message or of the row of which the template makes nothing is remarked; BadInput if it is
+        one that changes what the row means."""
+        def both(messages, more):
+            try:
+                return self.render(messages[:-1], True, **more) + self.render(messages, **more)
+            except BadInput:
+                return None
+
+        messages = self._turns(row) + [answer]
+        keys = {key for message in messages for key in message} - {"role", "content"}
+        for key in sorted(keys | row.more.keys()):
+            less = [{k: v for k, v in message.items() if k != key} for message in messages]
+            if both(messages, row.more) != both(less, {k: v for k, v in row.more.items() if k != key}):
+                continue
+            if key in MEANING:
+                raise BadInput(f"the chat template makes nothing of {key!r}; take it out of the data, or "
+                               "give a template that writes it by --chat-template FILE")
+            remarks.add(f"the chat template makes nothing of the key {key!r}", row, _roles(messages))
+
+    def _split(self, opening, *wholes):
+        """[prompt ids, response ids, ...], each response with its end token."""
+        if not self.template:
+            opening, wholes = self.head + opening, [self.head + whole for whole in wholes]
+        if not opening and self.bos is not None:         # an empty text begins with BOS
+            opening, wholes = [self.bos], [[self.bos] + whole for whole in wholes]
+        cut = min(common_prefix(opening, whole) for whole in wholes)
+        answers = [whole[cut:] for whole in wholes]
+        ends = [[] if ids and ids[-1] in self.eos else [self.end] for ids in answers]
+        return [opening[:cut]] + [ids + end for ids, end in zip(answers, ends)]
+
+    def _prove(self, row, ids, texts, remarks):
+        """True if the tokens say what the row says; BadInput otherwise."""
+        answers = map(self._open, [row.chosen] + ([row.rejected] if row.rejected else []))
+        turns = [turn["content"] for turn in self._turns(row) if turn["role"] != "assistant"]
+        pairs = [(turn, texts[0]) for turn in turns]
+        for said, text in [*pairs, *zip((answer["content"] for answer in answers), texts[1:])]:
+            said = said.strip()          # blanks at the ends, which most templates trim, are no loss
+            if not _holds(text, said):
+                raise BadInput(f"{_short(said)} is lost on its way into tokens: it became {_short(text)}")
+            if said not in text:
+                remarks.add("the chat template or the tokenizer changes blanks or forms of letters", row,
+                            f"{_short(said)} became {_short(text)}")
+        for part, text in zip(ids[1:], texts[1:]):
+            if not set(self.eos).isdisjoint(part[:-1]):
+                raise BadInput(f"an end token stands inside the answer {_short(text)}; take it out")
+        return True
+
+    def decode(self, ids, skip_special_tokens=False):
+        return self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
+
+    def _decode_batch(self, parts):
+        return self.tokenizer.decode_batch(parts, skip_special_tokens=False)
+
+    def exported(self):
+        """({name: bytes}, [what was changed]): the companion files as they must stand beside the trained
+        model, so that it is asked as it was trained, and stops where its answers ended."""
+        files, notes = dict(self.files), []
+        word = self.tokenizer.id_to_token(self.end)
+        generation = self._file("generation_config.json", "")
+        if not set(self.eos) <= set(self.named) or not generation.get("eos_token_id"):
+            ends = [self.end] + [i for i in self.eos if i != self.end]
+            self._change(files, "generation_config.json", eos_token_id=ends)
+            notes.append(f"generation_config.json ends an answer at {word}")
+        if self.special.get("eos_token") != word and "eos_token" not in self.source:
+            for name in ("tokenizer_config.json", "special_tokens_map.json"):
+                if name == "tokenizer_config.json" or name in files:
+                    self._change(files, name, eos_token=word)
+            notes.append(f"tokenizer_config.json's eos_token is {word}")
+        if self.template_file:
+            files["chat_template.jinja"] = self.source.encode()
+            if "chat_template" in self.settings:
+                self._change(files, "tokenizer_config.json", chat_template=None)
+            notes.append(f"chat_template.jinja is {self.template_file}")
+        return files, notes
+
+    @staticmethod
+    def _change(files, name, **values):
+        """Set values of a JSON file; None removes one."""
+        changed = json_or_nothing(files.get(name), name) | values
+        changed = {key: value for key, value in changed.items() if key not in values or value is not None}
+        files[name] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+class Remarks:
+    """What Text.encode found in rows: what it changed, by kind with an example, and what it had to refuse."""
+
+    def __init__(self):
+        self.seen, self.refused = {}, []                 # {sentence: [rows, the last row, example]}
+
+    def add(self, sentence, row, example):
+        entry = self.seen.setdefault(sentence, [0, None, f"{row.place}: {example}"])
+        entry[0] += entry[1] is not row
+        entry[1] = row
+
+    def attempt(self, row, step, *args):
+        """What a step makes of a row, or None if it refuses it."""
+        try:
+            return step(*args)
+        except BadInput as error:
+            self.refused.append(f"{row.place}: {error}")
+            return None
+
+    def refuse(self):
+        if self.refused:
+            others = len(self.refused) - 1
+            more = f" ({others:,} other rows are refused as well)" if others else ""
+            raise BadInput(self.refused[0] + more)
+
+    def note(self):
+        return "".join(f"; {n:,} rows: {what} ({example})" for what, (n, _, example) in self.seen.items())
+
+
+def grouped(step, groups):
+    """What `step`, a function of a list, makes of the items of all groups in one call, in groups again."""
+    made = iter(step([item for group in groups for item in group]))
+    return [list(islice(made, len(group))) for group in groups]
+
+
+def _roles(messages):
+    return [message["role"][:20] for message in messages][:6]
+
+
+def _any_of(words):
+    """A pattern that finds any of the words, the longest first, and nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
+
+
+def _holds(text, said):
+    """Whether a text holds what was said, whatever its blanks and forms of letters."""
+    if said in text:
+        return True
+    plain = ["".join(unicodedata.normalize("NFKC", part).casefold().split()) for part in (text, said)]
+    return plain[1] in plain[0]
+
+
+def _short(text):
+    return repr(text if len(text) <= 80 else f"{text[:40]} ... {text[-40:]}")
+
+
+def read_tokenizer(files, folder):
+    """The Tokenizer of a model folder's files, without padding or truncation."""
+    if "tokenizer.json" not in files:
+        cure = "copy it from where the model comes from"
+        if "tokenizer.model" in files:
+            cure = "convert tokenizer.model with transformers' AutoTokenizer(...).save_pretrained"
+        raise BadInput(f"{folder}: no tokenizer.json; {cure}")
+    try:
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode("Some words", add_special_tokens=True)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:       # the library raises bare Exception, its Rust not even that
+        raise BadInput(f"{folder}/tokenizer.json: not a tokenizer ({str(error)[:120]})") from None
