@@ -1,8 +1,9 @@
 """Losses: what one pair (chosen, rejected) is worth, and [7] of Algorithm 1.
 
-Holds the DPO, ORPO and SLiC losses as pure functions of tensors, the table `LOSSES`, the token
-log-probs they are made of, and what joins them to a model and a Batch. Leaves out everything with
-a state: no optimizer, no buffer, no reduction. Log-probs and losses are float32 or wider.
+Holds the losses as pure functions of tensors, one cited equation each, the table `LOSSES` that says
+what each is given, the token log-probs they are made of, and what joins them to a model and a
+Batch. A new loss is one function, one row of the table, and one test. Leaves out everything with a
+state: no optimizer, no buffer, no reduction. Log-probs and losses are float32 or wider.
 
 Axes: n pairs, R rows, T tokens, D hidden size, V vocabulary, N labelled tokens.
 """
@@ -41,6 +42,43 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     rejected_rewards = beta * (rejected - ref_rejected)
     loss = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return Loss(loss, chosen_rewards, rejected_rewards)
+
+
+def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """IPO (arXiv 2310.12036, eq. 17): (log pi/ref (y+) - log pi/ref (y-) - 1 / (2 beta))^2.
+
+    As dpo_loss, but of log-probs *averaged* over response tokens, as its authors and TRL have it;
+    beta is the paper's tau. The gap is drawn to a finite value, where DPO's grows without end.
+    """
+    chosen_rewards, rejected_rewards = chosen - ref_chosen, rejected - ref_rejected
+    loss = (chosen_rewards - rejected_rewards - 1 / (2 * beta)).square()
+    return Loss(loss, beta * chosen_rewards, beta * rejected_rewards)
+
+
+def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, prompts, beta, tau):
+    """Relative Preference Optimization (arXiv 2402.10958): each y+ against the y- of all pairs, the
+    mean over j of -log sigmoid(w_ij [reward(y+_i) - reward(y-_j)]), with w_ij = softmax over j of
+    (cos(x_i, x_j) - 1) / tau.
+
+    As dpo_loss, of *sums* from the first response token on, as beginnings of different pairs do not
+    cancel. prompts: (n, D), a vector of each prompt. At n = 1 it is DPO.
+    """
+    chosen_rewards = beta * (chosen - ref_chosen)
+    rejected_rewards = beta * (rejected - ref_rejected)
+    directions = F.normalize(prompts, dim=-1)                              # (n, D)
+    weights = ((directions @ directions.T - 1) / tau).softmax(-1)          # (n, n)
+    gaps = chosen_rewards[:, None] - rejected_rewards                      # (n, n)
+    return Loss(-F.logsigmoid(weights * gaps).mean(1), chosen_rewards, rejected_rewards)
+
+
+def simpo_loss(chosen, rejected, beta, gamma):
+    """SimPO (arXiv 2405.14734, eq. 6): -log sigmoid(beta log pi(y+) - beta log pi(y-) - gamma).
+
+    chosen, rejected: (n,) log-probs *averaged* over response tokens; there is no reference. Its
+    authors take beta from 2 to 10. Returns a Loss; rewards are beta * mean log-prob.
+    """
+    loss = -F.logsigmoid(beta * (chosen - rejected) - gamma)
+    return Loss(loss, beta * chosen, beta * rejected)
 
 
 def orpo_loss(nll, chosen, rejected, lam):
@@ -134,45 +172,50 @@ def score(model, batch):
 
 # -------------------------------------------------------------------------- [7]
 class Scores(NamedTuple):
-    """What a loss is made from: log-probs summed over tokens, (n,) each."""
+    """What a loss is made from: log-probs summed over tokens, (n,) each, and their means."""
     chosen: torch.Tensor            # log p of the scored tokens of y+
     rejected: torch.Tensor          # ... and of y-
     nll: torch.Tensor               # negative log p of the chosen text, as `nll_on` says
     lengths: torch.Tensor           # (n, 3): the number of tokens in each of these sums
-    reference: tuple | None         # (chosen, rejected) of the reference, for DPO
+    reference: tuple = ()           # (chosen, rejected) of the reference
+    prompts: torch.Tensor | None = None     # (n, D), a vector of each prompt
+
+    @property
+    def sums(self):
+        return self.chosen, self.rejected, *self.reference
+
+    @property
+    def means(self):
+        return tuple(value / self.lengths[:, i % 2] for i, value in enumerate(self.sums))
+
+    @property
+    def mean_nll(self):
+        return self.nll / self.lengths[:, 2].clamp(min=1)
 
 
-def _dpo(scores, cfg):
-    loss = dpo_loss(scores.chosen, scores.rejected, *scores.reference, cfg.beta)
-    return loss, {"logps/chosen": scores.chosen, "logps/rejected": scores.rejected}
-
-
-def _orpo(scores, cfg):
-    nll = scores.nll / scores.lengths[:, 2]
-    chosen, rejected = scores.chosen / scores.lengths[:, 0], scores.rejected / scores.lengths[:, 1]
-    ratio = (log_odds(chosen) - log_odds(rejected)).detach()               # TRL's log_odds_chosen
-    return orpo_loss(nll, chosen, rejected, cfg.lam), {
-        "logps/chosen": chosen, "logps/rejected": rejected, "nll_loss": nll,
-        "log_odds_ratio": F.logsigmoid(ratio), "log_odds_chosen": ratio}
-
-
-def _slic(scores, cfg):
-    loss = slic_loss(scores.nll, scores.chosen, scores.rejected, cfg.delta, cfg.lam)
-    return loss, {"logps/chosen": scores.chosen, "logps/rejected": scores.rejected,
-                  "nll_loss": scores.nll / scores.lengths[:, 2]}
-
-
-LOSSES = {"dpo": _dpo, "orpo": _orpo, "slic": _slic}    # Scores, settings -> (Loss, {metric: (n,)})
+LOSSES = {          # name: the Loss of Scores s under settings c
+    "dpo": lambda s, c: dpo_loss(*s.sums, c.beta),
+    "ipo": lambda s, c: ipo_loss(*s.means, c.beta),
+    "rpo": lambda s, c: rpo_loss(*s.sums, s.prompts, c.beta, c.tau),
+    "simpo": lambda s, c: simpo_loss(*s.means, c.beta, c.gamma),
+    "orpo": lambda s, c: orpo_loss(s.mean_nll, *s.means, c.lam),
+    "slic": lambda s, c: slic_loss(s.nll, *s.sums, c.delta, c.lam)}
+WITH_REFERENCE = ("dpo", "ipo", "rpo")
+OF_MEANS = ("ipo", "simpo", "orpo")
+WITH_NLL = ("orpo", "slic")         # of themselves; SAPOConfig.nll adds one to any loss
 
 
 def scored_tokens(cfg):
-    """What `collate` labels for a loss: sums may leave out the common beginning, means need it."""
-    nll_on = None if cfg.loss == "dpo" else cfg.nll_on
-    return {"score_on": cfg.score_on, "common": cfg.loss == "orpo", "nll_on": nll_on}
+    """What `collate` labels for a loss. DPO's and SLiC's differences may leave out the common
+    beginning; means need it, and so does RPO, whose pairs have different beginnings."""
+    nll_on = cfg.nll_on if cfg.nll or cfg.loss in WITH_NLL else None
+    common = cfg.loss in (*OF_MEANS, "rpo")
+    return {"score_on": cfg.score_on, "common": common, "nll_on": nll_on}
 
 
-def preference_loss(policy, batch, cfg, reference=None):
-    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: its (chosen, rejected), for DPO.
+def preference_loss(policy, batch, cfg, reference=None, prompts=None):
+    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: its (chosen, rejected), for a loss
+    WITH_REFERENCE; prompts: (n, D), for RPO.
 
     Two metrics are this method's own. pairs/seam_gap: log p(C after A B) - log p(C after A B'),
     0 where y- has no C. pairs/segment_gap: the rest of log p(y+) - log p(y-), which is B against
@@ -182,13 +225,20 @@ def preference_loss(policy, batch, cfg, reference=None):
         raise ValueError(f"loss is {cfg.loss!r}; choose {', '.join(LOSSES)}")
     logps = batch_logps(policy, batch)                                     # (R, T)
     chosen, rejected = by_side(logps * batch.scored, batch)                # (n,), (n,)
-    gap = chosen - rejected
     seam = torch.sub(*by_side(logps * batch.seam, batch))
-    nll = -by_side(logps, batch)[0]
-    scores = Scores(chosen, rejected, nll, batch.lengths, reference)
-    loss, metrics = LOSSES[cfg.loss](scores, cfg)
+    scores = Scores(chosen, rejected, -by_side(logps, batch)[0], batch.lengths,
+                    reference if cfg.loss in WITH_REFERENCE else (), prompts)
+    loss = LOSSES[cfg.loss](scores, cfg)
+    logged = scores.means if cfg.loss in OF_MEANS else scores.sums
+    metrics = {"logps/chosen": logged[0], "logps/rejected": logged[1]}
+    if cfg.nll or cfg.loss in WITH_NLL:
+        metrics["nll_loss"] = scores.mean_nll
+    if cfg.loss == "orpo":
+        ratio = torch.sub(*map(log_odds, scores.means)).detach()           # TRL's log_odds_chosen
+        metrics |= {"log_odds_ratio": F.logsigmoid(ratio), "log_odds_chosen": ratio}
     margins = (loss.chosen_rewards - loss.rejected_rewards).detach()
-    return loss.value, metrics | {
+    value = loss.value + cfg.nll * scores.mean_nll if cfg.nll else loss.value
+    return value, metrics | {
         "rewards/chosen": loss.chosen_rewards, "rewards/rejected": loss.rejected_rewards,
         "rewards/margins": margins, "rewards/accuracies": (margins > 0).to(margins.dtype),
-        "pairs/segment_gap": gap - seam, "pairs/seam_gap": seam}
+        "pairs/segment_gap": chosen - rejected - seam, "pairs/seam_gap": seam}

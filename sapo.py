@@ -47,7 +47,7 @@ import numpy as np
 import torch
 
 from buffer import Pair, ReplayBuffer, collate, pack, unpack
-from losses import preference_loss, score, scored_tokens
+from losses import LOSSES, WITH_REFERENCE, preference_loss, score, scored_tokens
 from model import generate, no_lap, own_parameters, twin, unshard
 
 
@@ -64,16 +64,19 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
 
     # Sampling: the EMA model rewrites a segment of each chosen response. It stands still until its
     # next update, so the pairs of all steps until then are made at once, and wait in `ahead`.
-    if not state.ahead and cfg.rejected == "data":
+    fresh_pairs = 0 if state.step % cfg.generate_every else n
+    if fresh_pairs and not state.ahead and cfg.rejected == "data":
         state.ahead.extend(map(pair_of_data, draw(n)))                     # an offline baseline
-    elif not state.ahead:
+    elif fresh_pairs and not state.ahead:
         examples = draw(n * steps_ahead(state, cfg))                                           # [1]
-        cuts = [split(e.chosen, cfg.segment, state.eos, state.cut_rng) for e in examples]      # [2]
+        cuts = [split(e.chosen, cfg.segment, state.eos, state.cut_rng, state.breaks, cfg.after)
+                for e in examples]                                                             # [2]
         state.clock.lap("data")
-        segments = generate_segments(state.generator, examples, cuts, cfg, state.eos,
-                                     state.sample_rng, state.vocab, state.clock.lap)           # [3]
+        segments = generate_segments(
+            state.generator, examples, cuts, cfg, state.eos, state.sample_rng, state.vocab,
+            state.clock.lap, state.breaks)                                                     # [3]
         state.ahead.extend(map(splice, examples, cuts, segments, repeat(state.eos)))           # [4]
-    fresh = [state.ahead.popleft() for _ in range(n)]
+    fresh = [state.ahead.popleft() for _ in range(fresh_pairs)]
     for pair in fresh:
         pair.step = state.step
         state.buffer.add(pair)                                                                 # [5]
@@ -105,12 +108,19 @@ class Example(NamedTuple):
     row: int = -1
 
 
-def split(chosen, segment, eos, rng):
-    """[2]: (start, stop) of B in y+, uniform over all legal cuts; B never holds the end token."""
+def split(chosen, segment, eos, rng, breaks=(), after="keep"):
+    """[2]: (start, stop) of B in y+, uniform over all legal cuts; B never holds the end token, but
+    for after "rewrite", where B is all that follows its start. breaks: the ids that end a sentence
+    or a line, where B is one."""
     n = len(chosen) - (chosen[-1] in eos)
-    length = segment_length(segment, n)
-    start = int(rng.integers(0, n - length + 1))
-    return start, start + length
+    if segment in PIECES:
+        found = pieces(chosen[:n], breaks)
+        start, stop = found[int(rng.integers(0, len(found)))]
+    else:
+        length = segment_length(segment, n)
+        start = int(rng.integers(0, n - length + 1))
+        stop = start + length
+    return start, len(chosen) if after == "rewrite" else stop
 
 
 def segment_length(segment, n):
@@ -120,15 +130,37 @@ def segment_length(segment, n):
     return max(1, min(int(segment), n))
 
 
-def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_lap):
-    """[3]: B' for each example, at most as long as B. The model sees x and A only, never B or C.
+def pieces(ids, breaks):
+    """(start, stop) of each sentence or line of a text, which its first token of `breaks` ends.
+    Further ones, such as an empty line's, belong to none. A text without any is one piece."""
+    found, start = [], None
+    for place, token in enumerate(ids):
+        if start is None and token not in breaks:
+            start = place
+        if start is not None and (token in breaks or place == len(ids) - 1):
+            found.append((start, place + 1))
+            start = None
+    return found or [(0, len(ids))]
 
+
+def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_lap, breaks=()):
+    """[3]: B' for each example. The model sees x and A only, never B or C.
+
+    B' is at most as long as B. A sentence or line ends where the model ends it, and with cfg.after
+    "rewrite" it goes on to its own end token; both have the room of cfg.max_length.
     At most cfg.generate_rows texts are generated at once; that number changes none of them,
     rounding aside. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
     """
     ends, banned = (eos, ()) if cfg.eos_in_segment == "stop" else ((), eos)
+    length, budgets = cfg.max_length or model.config.max_position_embeddings, []
+    piece = cfg.segment in PIECES and cfg.after == "keep"
+    for e, (start, stop) in zip(examples, cuts):
+        room = length - len(e.prompt) - len(e.chosen) + stop - start
+        longest = max(stop - start, LONGEST) if piece else stop - start
+        budgets.append(room if cfg.after == "rewrite" else min(room, longest))
+    if piece:
+        ends = (*ends, *breaks)
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
-    budgets = [stop - start for start, stop in cuts]
     segments = []
     for i in range(0, len(prefixes), cfg.generate_rows):
         some = slice(i, i + cfg.generate_rows)
@@ -153,13 +185,13 @@ def pair_of_data(example):
 
 
 def steps_ahead(state, cfg):
-    """Steps until the EMA moves, for which pairs are made at once; cfg.generate_ahead at most.
+    """Batches needed until the EMA moves, which are made at once; cfg.generate_ahead at most.
 
     Cuts, texts and the buffer's draws have random numbers of their own, and a text's do not depend
     on the others: pairs come out as they would one step at a time, rounding aside.
     """
     steps = period(cfg.ema_every, state)
-    return min(steps - state.step % steps, cfg.generate_ahead)
+    return min(-(-(steps - state.step % steps) // cfg.generate_every), cfg.generate_ahead)
 
 
 # --------------------------------------------------------------------- training
@@ -170,17 +202,19 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
     parts = [order[i:i + cfg.micro_batch] for i in range(0, len(order), cfg.micro_batch)]
     device = next(state.policy.parameters()).device
     values, bad_rows = [], []
-    reference = None
+    reference = prompts = None
     for part in parts:
         batch = collate(part, **scored_tokens(cfg)).to(device)
         state.clock.lap("data")
         if state.reference is not None:
             with torch.no_grad(), autocast():
                 reference = reference_scores(state, part, batch)
+            if cfg.loss == "rpo":
+                prompts = prompt_vectors(state.reference, part)
             state.clock.lap("reference")
         with exchange_gradients(state.policy, last=part is parts[-1]):
             with autocast():
-                loss, metrics = preference_loss(state.policy, batch, cfg, reference)
+                loss, metrics = preference_loss(state.policy, batch, cfg, reference, prompts)
             state.clock.lap("forward")
             (loss.sum() / len(pairs)).backward()
         values.append(torch.stack([loss, *metrics.values()]).detach())     # (metrics, pairs)
@@ -209,6 +243,13 @@ def reference_scores(state, pairs, batch):
     dtype = torch.promote_types(next(state.reference.parameters()).dtype, torch.float32)
     kept = [(p.ref_chosen, p.ref_rejected) for p in pairs]
     return torch.tensor(kept, dtype=dtype, device=batch.ids.device).unbind(1)
+
+
+@torch.no_grad()
+def prompt_vectors(model, pairs):
+    """(n, D): the mean of the token embeddings of each pair's prompt, which RPO compares."""
+    embedding = unshard(model.model.embed_tokens.weight).float()
+    return torch.stack([embedding[p.prompt].mean(0) for p in pairs])
 
 
 def optimizer_step(optimizer, policy, max_grad_norm):
@@ -271,8 +312,11 @@ def pair_metrics(state, fresh, pairs):
         "pairs/identical": [p.chosen == p.rejected for p in fresh],
         "buffer/staleness": [state.step - 1 - p.step for p in pairs],
         "buffer/uses": [p.uses for p in pairs]}
-    metrics = {name: float(np.mean(values)) for name, values in shares.items()}
-    metrics |= {"buffer/size": float(len(state.buffer)), "time/generate": generating,
+    metrics = {name: float(np.mean(values)) for name, values in shares.items() if values}
+    trained = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) - p.start for p in pairs)
+    metrics |= {"buffer/size": float(len(state.buffer)), "train/tokens": float(trained),
+                "gen/tokens": float(sum(p.rejected_stop - p.start for p in fresh)),
+                "time/generate": generating,
                 "time/train": sum(times.values()) - generating - times["data"]}
     if generating:
         tokens = sum(p.rejected_stop - p.start for p in [*fresh, *state.ahead])
@@ -306,22 +350,34 @@ def setting(default, help, source="ours", **more):
 
 
 STEPS = r"[1-9]\d{0,8}"
+PIECES = ("sentence", "line")       # segments that are not a number of tokens
+LONGEST = 256                       # tokens of such a B' at most, if B is no longer
 
 
 @dataclass
 class SAPOConfig:
     """Every choice of the method, each a field with its source. Defaults are SAPO-DPO's: the
     paper's, else the authors' code's, else ours."""
-    loss: str = setting("dpo", "preference loss: dpo, orpo, or SLiC-HF's", "paper; slic: ours",
-                        choices=("dpo", "orpo", "slic"))
-    beta: float = setting(0.1, "DPO: pull to the reference", "authors' code", low=1e-12)
+    loss: str = setting("dpo", "preference loss", "paper: dpo, orpo; ours", choices=tuple(LOSSES))
+    beta: float = setting(0.1, "DPO, IPO, RPO: pull to the reference; SimPO: scale of the margin",
+                          "authors' code", low=1e-12)
     lam: float = setting(0.05, "weight of ORPO's odds-ratio term or of SLiC's NLL", "authors' code")
     delta: float = setting(1.0, "SLiC: a pair with a larger margin (nats) costs nothing", "SLiC-HF")
+    gamma: float = setting(0.5, "SimPO: the margin that a pair should have", "TRL")
+    tau: float = setting(0.5, "RPO: how near prompts must be to be compared", "RPO", low=1e-6)
+    nll: float = setting(0.0, "weight of an NLL of y+ (per token) beside any loss; dpo: dpo+sft")
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
     micro_batch: int = setting(8, "pairs per forward pass; the result does not depend on it", low=1)
-    segment: str = setting("256", "length of B: tokens, or a share of the response (50%)", "paper",
-                           pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%",
-                           form="a number of tokens, or a share such as 50%")
+    segment: str = setting(
+        "256", "B: tokens, a share of the response (50%), or one whole sentence or line", "paper",
+        pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%|{'|'.join(PIECES)}",
+        form="a number of tokens, a share such as 50%, sentence, or line")
+    after: str = setting("keep", "after B' stands C, or what the generator writes to its own end",
+                         "paper", choices=("keep", "rewrite"))
+    max_length: int | None = setting(
+        None, "tokens of prompt and response; a longer response loses its right end; "
+        "without it min(2048, the model's context)", "paper", low=2)
+    generate_every: int = setting(1, "pairs are generated on every so many-th step only", low=1)
     alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", high=1)
     ema_every: str = setting("2", "optimizer steps between EMA updates, or 'epoch'", "paper",
                              pattern=f"{STEPS}|epoch", form="a number of steps, or epoch")
@@ -363,6 +419,7 @@ class State:
     sample_rng: torch.Generator             # what B' says
     eos: tuple                              # ids that end an answer
     vocab: int | None = None                # ids from here on are never sampled
+    breaks: frozenset = frozenset()         # ids that end a sentence or a line, if B is one
     steps_per_epoch: int = 0                # for 'epoch'; 0: unknown, and the reference stays
     processes: int = 1                      # which share batch and buffer
     keep_ref: bool = True                   # keep the reference's log-probs with the pair
@@ -378,10 +435,12 @@ class State:
         copy(policy) makes a model that does not train; `more` are the other fields of a State."""
         if cfg.ema_every == "epoch" and not more.get("steps_per_epoch"):
             raise ValueError("ema_every 'epoch' needs steps_per_epoch")
+        if cfg.segment in PIECES and not more.get("breaks"):
+            raise ValueError(f"segment {cfg.segment!r} needs breaks, the ids that end one")
         ema = copy(policy)
         return cls(
             policy=policy, ema=ema, generator=generator or ema, eos=tuple(eos), processes=processes,
-            reference=copy(policy) if cfg.loss == "dpo" else None,
+            reference=copy(policy) if cfg.loss in WITH_REFERENCE else None,
             optimizer=optimizer or torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0),
             buffer=ReplayBuffer(cfg.buffer_size // processes, seed, cfg.replay),
             cut_rng=np.random.default_rng(seed), sample_rng=torch.Generator().manual_seed(seed),

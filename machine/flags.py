@@ -55,9 +55,6 @@ class Config(SAPOConfig):
     max_prompt_length: int | None = setting(
         None, "tokens; a longer prompt loses its left end, BOS kept; without it 7/8 of --max-length, "
         "the paper's 1792 of 2048", "paper", low=1)
-    max_length: int | None = setting(
-        None, "tokens of prompt and response; a longer response loses its right end; "
-        "without it min(2048, the model's context)", "paper", low=2)
     seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda where there is one", choices=DEVICES)
     dtype: str = setting(
@@ -182,6 +179,8 @@ def checked(cfg):
              "--from-scratch with --sft-steps 0: random weights generate noise; give them some SFT"),
             (cfg.from_scratch and cfg.lora,
              "--lora with --from-scratch: an adapter on random weights learns nothing of use"),
+            (cfg.after == "rewrite" and cfg.eos_in_segment == "ban",
+             "--after rewrite with --eos-in-segment ban: what the generator writes would never end"),
             (cfg.lora and cfg.shard,
              "--lora with --shard is not implemented: adapters are small; use torchrun without --shard"),
             (cfg.shard and "RANK" not in os.environ,

@@ -33,8 +33,9 @@ def eval_pairs(data, model, cfg, text, world):
     sample_rng = torch.Generator().manual_seed(cfg.seed + world.rank)
     mine = [data[i] for i in range(world.rank, len(data), world.size)]
     bare = [e for e in mine if e.rejected is None]
-    cuts = [split(e.chosen, cfg.segment, text.eos, cut_rng) for e in bare]
-    segments = generate_segments(model, bare, cuts, cfg, text.eos, sample_rng, text.vocab)
+    breaks = text.breaks(cfg.segment)
+    cuts = [split(e.chosen, cfg.segment, text.eos, cut_rng, breaks, cfg.after) for e in bare]
+    segments = generate_segments(model, bare, cuts, cfg, text.eos, sample_rng, text.vocab, breaks=breaks)
     pairs = [splice(e, cut, segment, text.eos) for e, cut, segment in zip(bare, cuts, segments)]
     pairs += [pair_of_data(e) for e in mine if e.rejected is not None]
     return sorted(pairs, key=lambda p: p.row)

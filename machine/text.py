@@ -29,6 +29,9 @@ MAX_TEXT = 10_000_000       # characters of one rendered conversation
 MANNERS = {"single_word", "lstrip", "rstrip", "normalized", "special"}       # of a token that is added
 MEANING = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "documents",
            "weight", "train"}           # keys without which a row says something else
+BREAKS = {      # how the text of a token ends that ends a sentence, or a line
+    "sentence": r"""([.!?\u2026\u3002\uff01\uff1f\uff0e]['")\]*\u2019\u201d\u300d\u300f\uff09]*\s*|\n\s*)\Z""",
+    "line": r"\n[^\S\n]*\Z"}
 
 
 # ----------------------------------------------------------------------------------- text
@@ -264,6 +267,13 @@ class Text:
 
     def _decode_batch(self, parts):
         return self.tokenizer.decode_batch(parts, skip_special_tokens=False)
+
+    def breaks(self, segment):
+        """The ids of tokens that end a sentence or a line; none for a segment that is neither."""
+        if segment not in BREAKS:
+            return frozenset()
+        words = self._decode_batch([[i] for i in range(self.vocab)])
+        return frozenset(i for i, word in enumerate(words) if re.search(BREAKS[segment], word))
 
     def exported(self):
         """({name: bytes}, [what was changed]): the companion files as they must stand beside the trained

@@ -97,8 +97,8 @@ def random_texts(lengths, vocab=NUMBERS["vocab_size"], seed=0):
 def make_pairs(state, examples, cfg):
     """[2] [3] [4] of sapo_step alone: the Pairs of these Examples, by the state's generator, cuts and random numbers."""
     import sapo
-    cuts = [sapo.split(e.chosen, cfg.segment, state.eos, state.cut_rng) for e in examples]
-    segments = sapo.generate_segments(state.generator, examples, cuts, cfg, state.eos, state.sample_rng, state.vocab)
+    cuts = [sapo.split(e.chosen, cfg.segment, state.eos, state.cut_rng, state.breaks, cfg.after) for e in examples]
+    segments = sapo.generate_segments(state.generator, examples, cuts, cfg, state.eos, state.sample_rng, state.vocab, breaks=state.breaks)
     return [sapo.splice(e, cut, new, state.eos) for e, cut, new in zip(examples, cuts, segments)]
 
 
