@@ -1,4 +1,4 @@
-"""The decoder: Llama and its close relatives, written out by hand, with batched generation.
+"""The decoder: Llama and its relatives, written out by hand, with batched generation.
 
 Holds the architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU), the KV cache,
 `sample` and `generate`, LoRA, and `twin`. Leaves out files, tokenizers, training and processes:
@@ -11,11 +11,13 @@ Axes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head 
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 LARGE = 2**17        # numbers of a matrix from which on `linear` takes its other product
@@ -40,22 +42,32 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    gemma_norms: bool = False              # four norms a block, whose weights count from 1
+    hidden_act: str = "silu"               # or gelu_pytorch_tanh
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None   # what scores are multiplied by; None: head_dim ** -0.5
     sliding_window: int | None = None      # a token sees itself and the window - 1 tokens before it
+    layer_types: list = field(default_factory=list)      # the kind of each layer, where they differ
+    kinds: dict = field(default_factory=lambda: {"all": {}})     # what a kind changes of the above
     source: dict = field(default_factory=dict, repr=False)   # config.json as it was read
 
 
 # ------------------------------------------------------------------- the layers
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 or wider and cast back before the weight."""
+    """x / rms(x) * weight, computed in float32 or wider and cast back before the weight. Gemma's
+    is x / rms(x) * (1 + weight), cast back after it."""
 
-    def __init__(self, size, eps):
+    def __init__(self, c, size):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.eps, self.gemma = c.rms_norm_eps, c.gemma_norms
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.gemma))
 
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = wide.square().mean(-1, keepdim=True)
-        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.gemma:
+            return (wide * (1 + self.weight.to(wide.dtype))).to(x.dtype)
+        return self.weight * wide.to(x.dtype)
 
 
 def linear(x, weight, bias=None):
@@ -76,23 +88,28 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def inverse_frequencies(config):
+def rotary_frequencies(config):
     """Rotary inverse frequencies theta^(-2i/E), scaled as the config asks: (E / 2,) float32.
 
-    llama3 scaling: long waves are slowed by `factor`, short ones left alone, others blended.
+    Long waves are slowed by `factor`, short ones kept, others blended. Which is which llama3 tells
+    by the turns that a wave makes in the original context, yarn (arXiv 2309.00071) by its number i.
     """
-    i = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    inv = 1.0 / config.rope_theta ** (i / config.head_dim)
-    rope = config.rope
-    if rope["rope_type"] == "default":
-        return inv
-    slowed = inv / rope["factor"]
-    if rope["rope_type"] == "linear":
-        return slowed
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * inv / (2 * math.pi)     # in that context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)                      # 0: slow it, 1: leave it
-    return (1 - keep) * slowed + keep * inv
+    rope, E = config.rope, config.head_dim
+    i = torch.arange(E // 2, dtype=torch.float32, device="cpu")
+    inv = 1.0 / config.rope_theta ** (2 * i / E)
+    keep = 0.0                                                             # 0: slow it, 1: leave it
+    length = rope.get("original_max_position_embeddings", 0) / (2 * math.pi)
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((length * inv - low) / (high - low)).clamp(0, 1)
+    if rope["rope_type"] == "yarn":
+        first, last = (E / 2 * math.log(length / rope[turns], config.rope_theta)
+                       for turns in ("beta_fast", "beta_slow"))
+        if rope["truncate"]:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, E - 1)
+        keep = 1 - ((i - first) / (last - first or 0.001)).clamp(0, 1)
+    return (1 - keep) * inv / rope.get("factor", 1.0) + keep * inv
 
 
 def rotate(x, cos, sin):
@@ -103,22 +120,20 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, mask, scale):
     """Softmax attention: q (B, H, T, E); k, v (B, K, W, E) -> (B, H, T, E).
 
-    mask: "causal", or bool, True where a key is visible.
+    mask: bool, True where a key is visible; None is a causal one.
     """
-    causal = isinstance(mask, str)
-    if q.shape[2] == 1 and not causal:     # one query: the heads of a group are rows of one matrix
+    if q.shape[2] == 1 and mask is not None:       # one query: a group's heads are rows of a matrix
         grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])            # (B, K, H / K, E)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).view_as(q)
     if k.shape[1] != q.shape[1]:           # expanded, because masked CUDA backends take no groups
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    mask = None if causal else mask
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
 
-def attend_continuations(q, k, v, prefix, prefix_mask, mask):
+def attend_continuations(q, k, v, prefix, prefix_mask, mask, scale):
     """Attention of rows [P prefix | S chosen | S rejected]: neither continuation sees the other."""
     P, S = prefix, (q.shape[2] - prefix) // 2
 
@@ -128,71 +143,107 @@ def attend_continuations(q, k, v, prefix, prefix_mask, mask):
     def behind(t):       # (2B, heads, P + S, E): the prefix, once for each, then the continuation
         return torch.cat((t[:, :, :P].repeat_interleave(2, 0), fold(t)), 2)
 
-    first = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], prefix_mask)     # (B, H, P, E)
-    rest = attend(fold(q), behind(k), behind(v), mask)                     # (2B, H, S, E)
+    first = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], prefix_mask, scale)      # (B, H, P, E)
+    rest = attend(fold(q), behind(k), behind(v), mask, scale)              # (2B, H, S, E)
     return torch.cat((first, rest.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)), 2)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.head_dim = c.head_dim
+        self.head_dim, self.scale = c.head_dim, c.attention_scale
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, queries, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, keys, bias=c.qkv_bias)
         self.o_proj = Linear(queries, c.hidden_size, bias=c.o_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(c, c.head_dim) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c, c.head_dim) if c.qk_norm else nn.Identity()
 
     def heads(self, t):
         return t.unflatten(-1, (-1, self.head_dim))                        # (B, T, heads, E)
 
-    def forward(self, x, rope, masks, prefix, cache):
+    def forward(self, x, rope, masks, prefix, store):
         q = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2)        # (B, H, T, E)
         k = self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2)        # (B, K, T, E)
         v = self.heads(self.v_proj(x)).transpose(1, 2)                     # (B, K, T, E)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.put(k, v)                                         # (B, K, W, E)
+        if store:
+            k, v = store(k, v)                                             # (B, K, W, E)
         if prefix:
-            out = attend_continuations(q, k, v, prefix, *masks)
+            out = attend_continuations(q, k, v, prefix, *masks, self.scale)
         else:
-            out = attend(q, k, v, masks[0])
+            out = attend(q, k, v, masks[0], self.scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))                 # (B, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.act = F.silu if c.hidden_act == "silu" else partial(F.gelu, approximate="tanh")
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))     # SwiGLU
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))   # SwiGLU, GeGLU
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c, c.hidden_size)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.post_attention_layernorm = RMSNorm(c, c.hidden_size)
+        self.mlp, self.gemma = MLP(c), c.gemma_norms
+        if self.gemma:
+            self.pre_feedforward_layernorm = RMSNorm(c, c.hidden_size)
+            self.post_feedforward_layernorm = RMSNorm(c, c.hidden_size)
 
-    def forward(self, x, rope, masks, prefix=0, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, masks, prefix, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, rope, masks, prefix=0, store=None):
+        out = self.self_attn(self.input_layernorm(x), rope, masks, prefix, store)
+        if not self.gemma:
+            x = x + out
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(out)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 # ------------------------------------------------------------------ the decoder
-class Decoder(nn.Module):
+class View:
+    """What the layers of one kind see of a text: rotary positions, and keys within a window."""
+
     def __init__(self, c):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.window, self.gain = c.sliding_window, c.rope.get("attention_factor", 1.0)
+        self.inv_freq = rotary_frequencies(c)            # float32 always, hence no buffer
+
+    def rope(self, positions, dtype):
+        """(cos, sin) for `rotate`, both (B, 1, T, E)."""
+        self.inv_freq = self.inv_freq.to(positions.device)
+        angles = positions[:, None, :, None] * self.inv_freq               # (B, 1, T, E / 2)
+        angles = torch.cat((-angles, angles), -1)                          # float32
+        return (self.gain * angles.cos()).to(dtype), (self.gain * angles.sin()).to(dtype)
+
+    def visible(self, query, key):
+        """Whether key k may be seen by query q, (..., q, k): q - window < k <= q, both places."""
+        query, key = query[..., :, None], key[..., None, :]
+        return (key <= query) & (key > query - self.window) if self.window else key <= query
+
+    def masks(self, positions, prefix, cache):
+        """Masks of the prefix, or of the whole row, and of continuations; None: causal, or none."""
+        T = positions.shape[1]
+        if cache is not None and T == 1:
+            slots = torch.arange(cache.width, device=positions.device)
+            return self.visible(positions, slots)[:, None], None           # (B, 1, 1, W)
+        P = prefix or T
+        row = torch.arange(P, device=positions.device)
+        first = self.visible(row, row) if self.window and P > self.window else None     # (P, P)
+        if not prefix:
+            return first, None
+        rest = positions[:, P:].unflatten(1, (2, -1)).flatten(0, 1)        # (2B, S)
+        real = (row < rest[:, :1])[:, None]                             # not the prefix's padding
+        on_prefix = self.visible(rest, row.expand(len(rest), P)) & real    # (2B, S, P)
+        return first, torch.cat((on_prefix, self.visible(rest, rest)), -1)[:, None]
 
 
 class Transformer(nn.Module):
@@ -201,11 +252,14 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
-        self.model = Decoder(config)
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config, config.hidden_size)})
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.inv_freq = inverse_frequencies(config)      # float32 always, hence no buffer
+        self.views = {kind: View(replace(config, **own)) for kind, own in config.kinds.items()}
 
     def init_weights(self, rng):
         """Draw each matrix (rows, columns) from N(0, 1 / columns), what writes to the residual
@@ -233,43 +287,19 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         x = self.model.embed_tokens(ids)                                   # (B, T, D)
-        self.inv_freq = self.inv_freq.to(ids.device)
-        angles = positions[:, None, :, None] * self.inv_freq               # (B, 1, T, E / 2)
-        angles = torch.cat((-angles, angles), -1)                          # float32
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)          # (B, 1, T, E)
-        masks = self._masks(positions, prefix, cache)
-        for i, block in enumerate(self.model.layers):
+        if self.config.embedding_scale != 1:             # rounded as the embedding is
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
+        seen = {kind: (view.rope(positions, x.dtype), view.masks(positions, prefix, cache))
+                for kind, view in self.views.items()}
+        kinds = self.config.layer_types or [*self.views] * len(self.model.layers)
+        for i, (kind, block) in enumerate(zip(kinds, self.model.layers)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, masks, prefix, use_reentrant=False,
+                x = checkpoint(block, x, *seen[kind], prefix, use_reentrant=False,
                                preserve_rng_state=False)
             else:
-                layer = None if cache is None else cache.layer(i, positions)
-                x = block(x, rope, masks, prefix, layer)
+                x = block(x, *seen[kind], prefix, cache and partial(cache.put, i, positions))
         x = self.model.norm(x)
         return head(x, self.lm_head.weight) if head else self.lm_head(x)
-
-    def _visible(self, query, key):
-        """Whether key k may be seen by query q, (..., q, k): q - window < k <= q, both places."""
-        query, key = query[..., :, None], key[..., None, :]
-        window = self.config.sliding_window
-        return (key <= query) & (key > query - window) if window else key <= query
-
-    def _masks(self, positions, prefix, cache):
-        """(mask of the prefix or of the whole row, mask of the continuations): "causal" where no
-        tensor is needed, None where there is nothing."""
-        window, T = self.config.sliding_window, positions.shape[1]
-        if cache is not None and T == 1:
-            slots = torch.arange(cache.width, device=positions.device)
-            return self._visible(positions, slots)[:, None], None          # (B, 1, 1, W)
-        P = prefix or T
-        row = torch.arange(P, device=positions.device)
-        first = self._visible(row, row) if window and P > window else "causal"     # (P, P)
-        if not prefix:
-            return first, None
-        rest = positions[:, P:].unflatten(1, (2, -1)).flatten(0, 1)        # (2B, S)
-        real = (row < rest[:, :1])[:, None]                             # not the prefix's padding
-        on_prefix = self._visible(rest, row.expand(len(rest), P)) & real   # (2B, S, P)
-        return first, torch.cat((on_prefix, self._visible(rest, rest)), -1)[:, None]
 
 
 def twin(model):
@@ -333,34 +363,20 @@ def own_parameters(model):
 
 # ------------------------------------------------------------------- generation
 class KVCache:
-    """Keys and values of all layers, (layers, B, K, W, E). Slot w holds the text's token w."""
+    """Keys and values of all layers, (layers, 2, B, K, W, E). Slot w holds the text's token w."""
 
     def __init__(self, config, batch, width, dtype, device):
         if torch.device(device).type != "cpu":     # there, a few sizes are better than many
             width = -(-width // 64) * 64
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (layers, batch, heads, width, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (2, batch, config.num_key_value_heads, width, config.head_dim)
+        self.slots = torch.zeros(config.num_hidden_layers, *shape, dtype=dtype, device=device)
         self.width = width
 
-    def layer(self, i, positions):
-        """This cache, set to write layer i at `positions` (B, T)."""
-        self.k, self.v = self.keys[i], self.values[i]
-        self.at = positions
-        return self
-
-    def put(self, k, v):
+    def put(self, layer, positions, k, v):
         """Store (B, K, T, E); return all up to `width`, or what was given if it is a beginning."""
-        T = k.shape[2]
-        if T > 1:                          # prefill: the first T slots, padding included
-            self.k[:, :, :T] = k
-            self.v[:, :, :T] = v
-            return k, v
-        slot = self.at[:, None, :, None].expand_as(k)
-        self.k.scatter_(2, slot, k)
-        self.v.scatter_(2, slot, v)
-        return self.k[:, :, :self.width], self.v[:, :, :self.width]
+        for slots, new in zip(self.slots[layer], (k, v)):
+            slots.scatter_(2, positions[:, None, :, None].expand_as(new), new)
+        return (k, v) if k.shape[2] > 1 else self.slots[layer, ..., :self.width, :]
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
@@ -381,9 +397,8 @@ def sample(logits, uniform, temperature, top_k, top_p):
 def _filtered(logits, temperature, top_k, top_p):
     """(probs, tokens), both (B, k), most probable first; what top-p removes has probability 0."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
-    if k < logits.shape[-1]:
-        top, order = logits.topk(k, -1)
+    if 0 < top_k < logits.shape[-1]:
+        top, order = logits.topk(top_k, -1)
     else:
         top, order = logits.sort(dim=-1, descending=True, stable=True)
     probs = top.softmax(-1)
@@ -412,12 +427,9 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
         return [[] for _ in prompts]
     embedding, steps = model.model.embed_tokens.weight, max(budgets)
     device, width = embedding.device, max(map(len, prompts)) + steps
-
-    def tensor(values):
-        return torch.tensor(values, dtype=torch.long, device=device)
-
-    uniform = _padded(_uniforms(budgets, temperature, rng), device)        # (B, steps)
-    ids = _padded([torch.tensor(prompt) for prompt in prompts], device)    # (B, T)
+    tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    uniform = pad_sequence(_uniforms(budgets, temperature, rng), True).to(device)     # (B, steps)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True).to(device)      # (B, T)
     lengths = tensor([[len(prompt)] for prompt in prompts])                # (B, 1)
     budgets = tensor(budgets)[:, None]                                     # (B, 1)
     stops, banned = tensor(sorted(eos)), tensor([i for i in ban if i < (vocab or len(embedding))])
@@ -453,7 +465,10 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
             cache.width = width - steps + step     # what is still empty need not be read
         read()
         if device.type == "cuda" and step == 1 and steps > 8:
-            read = _graph(read)
+            graph = torch.cuda.CUDAGraph()         # one launch for hundreds of kernels
+            with torch.cuda.graph(graph):
+                read()
+            read = graph.replay
     lap("decode")
     return [row[:n] for row, n in zip(out.tolist(), made[:, 0].tolist())]
 
@@ -463,15 +478,3 @@ def _uniforms(budgets, temperature, rng):
     text does not depend on its batch, rounding aside."""
     uniform = torch.zeros(sum(budgets), dtype=torch.float64)
     return (uniform.uniform_(generator=rng) if temperature else uniform).split(list(budgets))
-
-
-def _padded(rows, device):
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-
-
-def _graph(function):
-    """A function that works in place, as a CUDA graph: one launch for hundreds of kernels."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay

@@ -1,7 +1,7 @@
 """Hugging Face folders in and out, and the hub.
 
-Reads config.json completely or refuses it, checks names and shapes before a weight is read, and reads weights
-tensor by tensor. No pickle, no code from a checkpoint. Leaves out tokenizers, which are dataset.py's.
+Checks names and shapes before a weight is read, and reads weights tensor by tensor. No pickle, no code from a
+checkpoint. Leaves out config.json (config.py) and tokenizers (text.py).
 """
 
 from pathlib import Path
@@ -11,126 +11,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from machine.config import config_to_dict, read_config
 from machine.files import BadInput, new_folder, read_json, write_json
-from model import LoRA, ModelConfig, Transformer, unshard
-
-
-# ---------------------------------------------------------------------------- config.json
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_KEYS = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-NUMBERS = {     # key: (default, lowest, highest); a default that is a string is another key's value
-    "vocab_size": (None, 1, 2**24), "hidden_size": (None, 1, 2**24),
-    "intermediate_size": (None, 1, 2**24), "num_hidden_layers": (None, 1, 10_000),
-    "num_attention_heads": (None, 1, 2**14), "num_key_value_heads": ("num_attention_heads", 1, 2**24),
-    "max_position_embeddings": (2048, 1, 2**31), "rms_norm_eps": (1e-6, 0, 1)}
-FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
-EXPERTS = "mixture-of-experts models are not implemented"
-REFUSED = (     # key, what makes it impossible, what is said of it
-    ("hidden_act", lambda v: v not in ("silu", None), "hidden_act {!r} is not implemented, only silu"),
-    ("partial_rotary_factor", lambda v: (v or 1) != 1, "partial_rotary_factor {} is not implemented, only 1"),
-    ("quantization_config", bool, "quantised weights cannot be trained; use the unquantised checkpoint"),
-    ("num_experts", bool, EXPERTS), ("num_local_experts", bool, EXPERTS), ("n_routed_experts", bool, EXPERTS))
-
-
-def read_config(folder):
-    """The ModelConfig of a model folder."""
-    return config_from_dict(read_json(Path(folder) / "config.json", "model folder"))
-
-
-def config_from_dict(raw):
-    """The ModelConfig of a config.json. What the decoder does not implement is BadInput."""
-    if not isinstance(raw, dict):
-        raise BadInput("config.json does not hold a JSON object; is this a Hugging Face model folder?")
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise BadInput(f"config.json: model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
-    for key, impossible, sentence in REFUSED:
-        if impossible(raw.get(key)):
-            raise BadInput(f"config.json: {sentence.format(raw[key])}")
-    for key in FLAGS:
-        if raw.get(key) not in (None, True, False):
-            raise BadInput(f"config.json: {key} is {raw[key]!r}; it must be true or false")
-    numbers = {}
-    for key, (default, low, high) in NUMBERS.items():
-        numbers[key] = _number(raw, key, numbers.get(default, default), low, high)
-    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    numbers["head_dim"] = _number(raw, "head_dim", max(1, hidden // heads), 1, 2**14)
-    bias = bool(raw.get("attention_bias"))
-    config = ModelConfig(
-        **numbers, **_rope(raw), tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
-        mlp_bias=bool(raw.get("mlp_bias")), qk_norm=family == "qwen3",
-        sliding_window=_window(raw, family), source=raw)
-    if heads % config.num_key_value_heads:
-        keys = config.num_key_value_heads
-        raise BadInput(f"config.json: {heads} query heads cannot share {keys} key-value heads evenly")
-    if config.head_dim % 2:
-        raise BadInput(f"config.json: head_dim {config.head_dim} is odd; rotary positions need an even one")
-    if hidden % heads and not raw.get("head_dim"):
-        raise BadInput(f"config.json: {heads} heads do not divide hidden_size {hidden}, head_dim is missing")
-    return config
-
-
-def _number(raw, key, default, low, high):
-    value = default if raw.get(key) is None else raw[key]
-    kinds = (int, float) if isinstance(default, float) else (int,)
-    if type(value) not in kinds or not low <= value <= high:
-        kind = "a whole number" if kinds == (int,) else "a number"
-        raise BadInput(f"config.json: {key} is {value!r}; it must be {kind} from {low} to {high}")
-    return value
-
-
-def _window(raw, family):
-    """The sliding window of all layers, or None."""
-    layers = raw.get("layer_types") or []
-    if not isinstance(layers, list) or not all(isinstance(kind, str) for kind in layers):
-        raise BadInput(f"config.json: layer_types is {str(layers)[:80]}; it must be a list of names")
-    layers = set(layers)
-    if layers - {"full_attention", "sliding_attention"}:
-        raise BadInput(f"config.json: layer_types {sorted(layers)} are not implemented")
-    if not raw.get("sliding_window") or not (family == "mistral" or raw.get("use_sliding_window")):
-        return None
-    if family != "mistral" and layers != {"sliding_attention"}:
-        raise BadInput("config.json: a sliding window on some layers only is not implemented; "
-                       "set use_sliding_window to false for texts shorter than the window")
-    return _number(raw, "sliding_window", None, 1, 2**24)
-
-
-def _rope(raw):
-    """rope_theta and scaling, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) has it."""
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(scaling, dict):
-        raise BadInput(f"config.json: rope_scaling is {scaling!r}; it must be an object or null")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        raise BadInput(f"config.json: rope type {kind!r} is not implemented; default, linear and llama3 are")
-    if (scaling.get("partial_rotary_factor") or 1) != 1:
-        raise BadInput("config.json: partial_rotary_factor other than 1 is not implemented")
-    theta = scaling.get("rope_theta")
-    if theta is None:
-        theta = 10000.0 if raw.get("rope_theta") is None else raw["rope_theta"]
-    values = {"rope_theta": theta} | {key: scaling.get(key) for key in ROPE_KEYS[kind]}
-    if kind == "llama3" and values["original_max_position_embeddings"] is None:
-        values["original_max_position_embeddings"] = raw.get("original_max_position_embeddings")
-    for key, value in values.items():
-        if type(value) not in (int, float) or not 0 < value < 1e15:
-            raise BadInput(f"config.json: {key} of the {kind} rope is {value!r}; it must be above 0")
-    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise BadInput("config.json: high_freq_factor of the llama3 rope must be larger than low_freq_factor")
-    return {"rope_theta": values.pop("rope_theta"), "rope": {"rope_type": kind, **values}}
-
-
-def config_to_dict(config, dtype):
-    """config.json for a saved model: the source's with only the dtype changed, or a plain Llama one."""
-    same = ("tie_word_embeddings", "mlp_bias", "head_dim", *NUMBERS)
-    rope = {"rope_theta": config.rope_theta, **config.rope}
-    raw = dict(config.source) or {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "attention_bias": config.qkv_bias, "rope_parameters": rope, "rope_theta": config.rope_theta,
-        **{key: getattr(config, key) for key in same}}
-    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(dtype).removeprefix("torch.")
-    return raw
+from model import LoRA, Transformer, unshard
 
 
 # ----------------------------------------------------------------------------- weights in

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from machine import checkpoint
+from machine.config import config_to_dict, read_config
 from machine.dataset import read_data
 from machine.files import BadInput
 from machine.flags import Config, flag_of, resolved
-from machine.folders import (check_weights, companions, config_to_dict, find_model, read_config, refuse_links,
-                             saved_dtype)
+from machine.folders import check_weights, companions, find_model, refuse_links, saved_dtype
 from machine.rows import read_rows
 from machine.text import Text
 from model import ModelConfig

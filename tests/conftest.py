@@ -24,6 +24,8 @@ torch.set_num_threads(1)                                # the models are so smal
 NUMBERS = dict(vocab_size=61, hidden_size=24, intermediate_size=28, num_hidden_layers=2, num_attention_heads=6,
                num_key_value_heads=2, head_dim=10, max_position_embeddings=128, rms_norm_eps=3e-3)
 THETA = 523.0
+KINDS = dict(layer_types=["near", "far"], kinds={"near": dict(sliding_window=4, rope_theta=61.0), "far": dict(rope={"rope_type": "linear", "factor": 3.0})})
+GEMMA = KINDS | dict(qk_norm=True, gemma_norms=True, hidden_act="gelu_pytorch_tanh", embedding_scale=24 ** 0.5, attention_scale=23 ** -0.5)
 
 
 def pytest_addoption(parser):

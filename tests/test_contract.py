@@ -25,7 +25,8 @@ from machine import text as chat
 from machine.dataset import Data
 from machine.files import BadInput
 from machine.flags import Config
-from machine.folders import companions, read_config
+from machine.config import read_config
+from machine.folders import companions
 from machine.rows import KINDS, Row, read_rows
 from machine.text import Remarks, Text
 from model import ModelConfig

@@ -31,7 +31,8 @@ from machine.rows import Row, read_rows
 from machine.text import Text
 from machine.files import BadInput
 from machine.flags import PRESETS, Config, flag_of, kind_of, parse, resolved
-from machine.folders import companions, find_model, read_config, save_pretrained
+from machine.config import read_config
+from machine.folders import companions, find_model, save_pretrained
 from machine.parallel import World
 from machine.report import passes
 from model import ModelConfig, Transformer

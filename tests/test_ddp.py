@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, oracle, random_texts, small_model
+from conftest import GEMMA, ROOT, oracle, random_texts, small_model
 from safetensors.torch import load_file, save_file
 
 import train
@@ -146,7 +146,7 @@ def three_steps(way, loss, dtype, micro_batch, world):
                      ema_every="2", ref_refresh="2", alpha=0.7, beta=0.3, lam=0.4, max_grad_norm=0.5)
     prompts, chosen, rejected = (random_texts([3 + (5 * i + k) % 7 for i in range(3 * PAIRS)], seed=k) for k in (1, 2, 3))
     rows = [Example(p, c, c[:1] + r, i) for i, (p, c, r) in enumerate(zip(prompts, chosen, rejected))]
-    base = small_model(3, dtype=dtype)
+    base = small_model(3, dtype=dtype, **(GEMMA if way == "shard" else {}))     # whose blocks differ in what they are given
     if way == "lora":
         add_lora(base, 3, 7.0, torch.Generator().manual_seed(1)).to(dtype)
     sharded = way == "shard" and world.many

@@ -18,7 +18,8 @@ import sapo
 from machine.dataset import Data
 from machine.files import BadInput
 from machine.flags import PRESETS, Config, checked, parse
-from machine.folders import companions, load_pretrained, read_config
+from machine.config import read_config
+from machine.folders import companions, load_pretrained
 from machine.rows import read_rows
 from machine.text import Text
 from sapo import Example, sapo_step, split

@@ -10,15 +10,17 @@ from safetensors.torch import load_file
 
 import train
 from buffer import Pair, collate
-from conftest import NUMBERS, oracle, random_texts, small_model
+from conftest import GEMMA, KINDS, NUMBERS, oracle, random_texts, small_hf_model, small_model
 from losses import preference_loss, scored_tokens
 from machine.flags import DATA
 from machine.folders import companions, load_pretrained, plain_weights, save_adapter, save_pretrained
 from model import PROJECTIONS, LoRA, Transformer, add_lora, generate, twin
 from sapo import Example, SAPOConfig, State, ema_update, sapo_step
+from test_model import GEMMA3
 
 RANK, ALPHA = 3, 7.5                                     # so B A x is scaled by 2.5
 DECODERS = {"plain": {}, "tied": dict(tie_word_embeddings=True), "biases": dict(qkv_bias=True, o_bias=True, mlp_bias=True)}
+LAYERED = DECODERS | {"two kinds of layers": KINDS, "Gemma": GEMMA}      # these do not save as a Llama
 IDS = torch.tensor(random_texts([30, 30]))
 
 
@@ -90,10 +92,10 @@ def test_an_adapter_adds_alpha_over_rank_times_B_A_x(bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", LAYERED)
 def test_while_B_is_0_the_logits_are_the_bases_bit_for_bit(decoder, dtype):
-    base = small_model(0, torch.float32, **DECODERS[decoder]).to(dtype)
-    model = adapted(dtype, **DECODERS[decoder])
+    base = small_model(0, torch.float32, **LAYERED[decoder]).to(dtype)
+    model = adapted(dtype, **LAYERED[decoder])
     assert torch.equal(logits(model), logits(base))
     assert (logits(with_B(model, 1)) - logits(base)).abs().max() > 0.5, "and afterwards they are not"
 
@@ -186,10 +188,10 @@ def test_a_refreshed_reference_is_the_emas_equal_and_goes_no_further():
 
 # ---------------------------------------------------------------- merging and averaging
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", LAYERED)
 @pytest.mark.parametrize("dtype, digits", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_merged_weights_give_the_logits_of_the_adapters(decoder, dtype, digits):
-    model = adapted(dtype, B=1, **DECODERS[decoder])
+    model = adapted(dtype, B=1, **LAYERED[decoder])
     want = logits(model)
     assert (logits(merged(model)) - want).abs().max() < digits * want.abs().max()
 
@@ -262,6 +264,22 @@ def test_peft_gives_the_adapter_the_same_logits(tmp_path, decoder, projections):
         want = logits(model)
         assert (theirs(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
         assert (theirs.merge_and_unload()(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_peft_gives_gemmas_adapter_the_same_logits(tmp_path):
+    """Whose base is a folder of transformers, with layers of two kinds."""
+    peft, theirs = oracle("peft"), small_hf_model("gemma3_text", **GEMMA3)
+    theirs.save_pretrained(tmp_path / "base")
+    model = with_B(add_lora(load_pretrained(tmp_path / "base"), RANK, ALPHA, seeded()), 1)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        want = logits(model)
+        assert (adapted(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
+    save_pretrained(model, tmp_path / "merged", torch.float32)
+    again = oracle("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager", dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert (again(IDS).logits - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_the_adapters_folder_names_its_base_and_holds_nothing_else(tmp_path):

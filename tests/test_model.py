@@ -17,18 +17,25 @@ from safetensors.torch import load_file, save_file
 
 import model as code
 from buffer import Pair, collate
-from conftest import NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
+from conftest import GEMMA, KINDS, NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
 from fuzz import memory_limit
 from losses import preference_loss, score, scored_tokens
 from machine import folders
 from machine.files import BadInput, new_folder
-from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained, saved_dtype
+from machine.config import FAMILIES as READ
+from machine.config import NO_ROPE
+from machine.config import config_from_dict
+from machine.folders import companions, load_pretrained, save_pretrained, saved_dtype
 from model import KVCache, ModelConfig, RMSNorm, Transformer, generate, sample, twin
 from sapo import SAPOConfig
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": THETA, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}        # of these five waves one is left alone, one blended, three slowed
 LINEAR = {"rope_type": "linear", "rope_theta": THETA, "factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 5.0, "original_max_position_embeddings": 64, "beta_fast": 9.0, "beta_slow": 1.5}
+GEMMA3 = dict(rope_parameters={"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 61.0}}, num_hidden_layers=4,
+              layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"], sliding_window=7, query_pre_attn_scalar=23)
+SMOLLM3 = dict(num_hidden_layers=4, pad_token_id=0)      # the usual padding token lies beyond this vocabulary
 
 
 def load_theirs(folder, **more):
@@ -56,15 +63,26 @@ FAMILIES = {
     "llama, linear rope beyond its length": ("llama", dict(rope_parameters=LINEAR, max_position_embeddings=16)),
     "llama, llama3 rope beyond its length": ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=64)),
     "llama, llama3 rope beyond its length, tied": ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=64, tie_word_embeddings=True)),
+    "llama, yarn rope": ("llama", dict(rope_parameters=YARN)),
+    "llama, yarn rope, not truncated, two mscales": ("llama", dict(rope_parameters=YARN | dict(truncate=False, mscale=1.3, mscale_all_dim=0.6))),
+    "qwen3, yarn rope, attention_factor": ("qwen3", dict(rope_parameters=YARN | dict(attention_factor=0.7))),
     "mistral, no window": ("mistral", dict(sliding_window=None)),
     "mistral, no window, head_dim null": ("mistral", dict(sliding_window=None, head_dim=None)),
     "mistral, beyond its window": ("mistral", dict(sliding_window=5)),
     "qwen2": ("qwen2", {}),
     "qwen2, tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen2, yarn rope": ("qwen2", dict(rope_parameters=YARN)),
     "qwen2, beyond its window": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=0)),
+    "qwen2, beyond the window of its second layer": ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
     "qwen3": ("qwen3", {}),
     "qwen3, tied": ("qwen3", dict(tie_word_embeddings=True)),
     "qwen3, tied, attention bias": ("qwen3", dict(tie_word_embeddings=True, attention_bias=True)),
+    "qwen3, beyond the window of its first layer": ("qwen3", dict(use_sliding_window=True, sliding_window=7, layer_types=["sliding_attention", "full_attention"])),
+    "smollm3": ("smollm3", SMOLLM3 | dict(tie_word_embeddings=True, no_rope_layer_interval=3)),
+    "smollm3, its own head, biases, a window where there is no rope": ("smollm3", SMOLLM3 | dict(
+        tie_word_embeddings=False, attention_bias=True, mlp_bias=True, no_rope_layers=[0, 1, 1, 0], use_sliding_window=True, sliding_window=6)),
+    "gemma3_text": ("gemma3_text", GEMMA3 | dict(tie_word_embeddings=True)),
+    "gemma3_text, its own head, attention bias": ("gemma3_text", GEMMA3 | dict(tie_word_embeddings=False, attention_bias=True)),
 }
 
 
@@ -76,8 +94,25 @@ def test_the_logits_are_those_of_transformers(tmp_path, case):
     assert_same_logits(load_pretrained(tmp_path), theirs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", FAMILIES)
+def test_in_float64_the_logits_are_those_of_transformers_to_ten_digits(tmp_path, monkeypatch, case):
+    """With its casts to float32 turned off: what is left of the difference above is rounding, and nothing else."""
+    family, numbers = FAMILIES[case]
+    theirs = small_hf_model(family, **numbers)
+    theirs.save_pretrained(tmp_path)
+    ours, theirs, ids = load_pretrained(tmp_path).double(), theirs.double(), torch.tensor(random_texts([90, 90]))
+    if family == "gemma3_text":
+        theirs.model.embed_tokens.embed_scale = torch.tensor(ours.config.embedding_scale, dtype=torch.float64)
+    real_float, real_to, real_softmax = torch.Tensor.float, torch.Tensor.to, F.softmax
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype is torch.float64 else real_float(t))
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *to, **how: t if to[:1] == (torch.float32,) and t.dtype is torch.float64 else real_to(t, *to, **how))
+    monkeypatch.setattr(F, "softmax", lambda x, dim=None, dtype=None: real_softmax(x, dim))
+    assert (ours(ids) - theirs(ids).logits).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("key", ["type", "rope_type"])
-@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": THETA}, LINEAR, LLAMA3], ids=["default", "linear", "llama3"])
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": THETA}, LINEAR, LLAMA3, YARN], ids=["default", "linear", "llama3", "yarn"])
 def test_a_config_of_transformers_4_gives_the_same_logits(tmp_path, rope, key):
     theirs = small_hf_model(rope_parameters=rope)
     theirs.save_pretrained(tmp_path)
@@ -86,9 +121,23 @@ def test_a_config_of_transformers_4_gives_the_same_logits(tmp_path, rope, key):
     assert_same_logits(load_pretrained(tmp_path), load_theirs(tmp_path))     # who reads the old dialect the same way
 
 
+def test_gemmas_config_of_transformers_4_gives_the_same_logits(tmp_path):
+    """Two keys for two thetas, a scaling that is for full attention alone, and a pattern in place of a list."""
+    theirs = small_hf_model("gemma3_text", **GEMMA3)
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, **transformers_4(read(tmp_path), "rope_type") | {"layer_types": None, "sliding_window_pattern": 3, "tie_word_embeddings": None})
+    assert read(tmp_path)["rope_local_base_freq"] == 61.0 and read(tmp_path)["rope_scaling"] == {"rope_type": "linear", "factor": 3.0}
+    assert_same_logits(load_pretrained(tmp_path), theirs)
+    assert_same_logits(load_pretrained(tmp_path), load_theirs(tmp_path))
+
+
 def transformers_4(config, key):
     """What to change in a config.json of transformers 5 to make it one of transformers 4; None removes a key."""
-    rope = dict(config["rope_parameters"])
+    both = config["rope_parameters"]
+    if "full_attention" in both:                         # Gemma's; there transformers overlooks a scaling whose kind is called "type"
+        local = {"rope_local_base_freq": both["sliding_attention"]["rope_theta"]}
+        return transformers_4({"rope_parameters": both["full_attention"]}, "rope_type") | local
+    rope = dict(both)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     scaling = None if kind == "default" else {key: kind, **rope}
     return {"rope_parameters": None, "dtype": None, "rope_theta": theta, "rope_scaling": scaling, "torch_dtype": "float32"}
@@ -111,7 +160,45 @@ def test_rope_numbers_are_read_as_transformers_reads_them(raw):
     assert {"rope_theta": ours.rope_theta, **ours.rope} == theirs
 
 
+def seen_by_layers(config):
+    """[(theta, rope, window) of each layer] of our ModelConfig; theta None is no rope."""
+    kinds = {kind: {"rope_theta": config.rope_theta, "rope": config.rope, "sliding_window": config.sliding_window} | own for kind, own in config.kinds.items()}
+    layers = [kinds[kind] for kind in config.layer_types or ["all"] * config.num_hidden_layers]
+    return [(None if c["rope"].get("factor") == math.inf else c["rope_theta"], c["rope"]["rope_type"], c["sliding_window"]) for c in layers]
+
+
+@pytest.mark.parametrize("more", [{}, {"use_sliding_window": True}, {"use_sliding_window": True, "sliding_window": 512},
+                                  {"use_sliding_window": True, "sliding_window": None}], ids=["nothing", "window", "window of 512", "null"])
+@pytest.mark.parametrize("family", READ)
+def test_a_key_that_is_missing_means_what_it_means_to_transformers(family, more):
+    if family == "gemma3_text" and more.get("sliding_window", 0) is None:
+        more = {"sliding_window": 512, "sliding_window_pattern": 2, "rope_theta": 7e4, "rope_local_base_freq": 5e3}   # null would be refused
+    raw = {"model_type": family, "vocab_size": 61, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 30, "num_attention_heads": 6,
+           "num_key_value_heads": 2} | more
+    theirs, ours = oracle("transformers").AutoConfig.for_model(**raw), config_from_dict(raw)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings and ours.source == raw
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 4)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention" if family == "mistral" and theirs.sliding_window else "full_attention"] * 30
+    turns = getattr(theirs, "no_rope_layers", [1] * 30)
+    thetas = [theirs.rope_parameters.get(kind, theirs.rope_parameters)["rope_theta"] for kind in kinds]
+    assert seen_by_layers(ours) == [(theta if turn else None, "default" if turn else "linear", theirs.sliding_window if kind == "sliding_attention" else None)
+                                    for theta, turn, kind in zip(thetas, turns, kinds)]
+
+
+@pytest.mark.parametrize("more", [{}, {"beta_fast": 9.0, "beta_slow": 1.5}, {"truncate": False}, {"truncate": None}, {"attention_factor": 0.6}, {"factor": 1.0},
+                                  {"mscale": 1.3}, {"mscale": 1.3, "mscale_all_dim": 0.6}, {"rope_theta": 1e6, "original_max_position_embeddings": 32768},
+                                  {"original_max_position_embeddings": 3}, {"beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+                                  {"rope_theta": 5.0, "original_max_position_embeddings": 32768}], ids=str)
+def test_yarns_waves_are_those_of_transformers(more):
+    raw = NUMBERS | {"model_type": "llama", "head_dim": 32, "rope_scaling": {"rope_theta": THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} | more}
+    theirs = oracle("transformers").LlamaConfig.from_dict(raw)
+    waves, gain = oracle("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    ours = code.View(config_from_dict(raw))
+    assert torch.allclose(ours.inv_freq, waves, rtol=1e-6, atol=0) and ours.gain == pytest.approx(gain, rel=1e-12)
+
+
 @pytest.mark.parametrize("change", [{"rope_theta": 10_000.0}, {"rms_norm_eps": 1e-6}, {"sliding_window": 5}, {"qk_norm": True},
+                                    {"hidden_act": "gelu_pytorch_tanh"}, {"embedding_scale": 24 ** 0.5}, {"attention_scale": 23 ** -0.5}, {"gemma_norms": True}, KINDS,
                                     {"rope": {k: v for k, v in LINEAR.items() if k != "rope_theta"}},
                                     {"rope": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}], ids=lambda c: next(iter(c)))
 def test_the_small_models_notice_each_number(change):
@@ -155,20 +242,40 @@ def test_what_stands_after_a_token_does_not_reach_it():
 def test_rmsnorm_is_that_of_transformers_to_the_bit(dtype):
     oracle("transformers")
     theirs = oracle("transformers.models.llama.modeling_llama").LlamaRMSNorm(24, 3e-3).to(dtype)
-    ours, x = RMSNorm(24, 3e-3).to(dtype), 20 * torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    ours, x = RMSNorm(ModelConfig(**NUMBERS), 24).to(dtype), 20 * torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours.weight.copy_(torch.linspace(0.3, 1.7, 24))
         theirs.weight.copy_(ours.weight)
     assert torch.equal(ours(x.to(dtype)), theirs(x.to(dtype)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gemmas_norm_and_embedding_are_those_of_transformers_to_the_bit(dtype):
+    oracle("transformers")
+    gemma, generator = oracle("transformers.models.gemma3.modeling_gemma3"), torch.Generator().manual_seed(1)
+    theirs, ours = gemma.Gemma3RMSNorm(24, 3e-3).to(dtype), RMSNorm(ModelConfig(**NUMBERS, gemma_norms=True), 24).to(dtype)
+    assert torch.equal(ours.weight, theirs.weight), "which count from 1, hence begin at 0"
+    x = 20 * torch.randn(7, 24, generator=generator)
+    with torch.no_grad():
+        ours.weight.copy_(torch.linspace(-0.7, 0.7, 24))
+        theirs.weight.copy_(ours.weight)
+    assert torch.equal(ours(x.to(dtype)), theirs(x.to(dtype)))
+    model, ids, seen = small_model(dtype=dtype, **GEMMA), torch.tensor(random_texts([30])), []
+    model.model.layers[0].register_forward_pre_hook(lambda block, given: seen.append(given[0]))
+    model(ids)
+    embedding = gemma.Gemma3TextScaledWordEmbedding(61, 24, None, embed_scale=24 ** 0.5).to(dtype)
+    embedding.load_state_dict(model.model.embed_tokens.state_dict())
+    assert torch.equal(seen[0], embedding(ids))
+
+
 def test_rotary_frequencies_stay_float32_when_the_model_is_cast():
-    assert torch.equal(small_model().bfloat16().inv_freq, small_model().inv_freq)
+    assert torch.equal(small_model().bfloat16().views["all"].inv_freq, small_model().views["all"].inv_freq)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_and_runs_blocks_twice():
+@pytest.mark.parametrize("changes", [dict(sliding_window=6), KINDS, GEMMA], ids=["a window", "two kinds of layers", "Gemma"])
+def test_gradient_checkpointing_gives_the_same_gradients_and_runs_blocks_twice(changes):
     cfg, calls = SAPOConfig(loss="orpo", lam=0.3), []
-    batch, model = collate(some_pairs(), **scored_tokens(cfg)), small_model(sliding_window=6)
+    batch, model = collate(some_pairs(), **scored_tokens(cfg)), small_model(**changes)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(model.gradient_checkpointing))
     gradients = []
     for model.gradient_checkpointing in (False, True):
@@ -406,6 +513,13 @@ def index(table, whole=False):
     return damage
 
 
+def with_null(**changes):
+    return lambda folder: (folder / "config.json").write_text(json.dumps(read(folder) | changes))
+
+
+SLIDING = ["full_attention", "sliding_attention"]
+
+
 def rope(**numbers):
     return config(rope_parameters={"rope_theta": THETA} | numbers)
 
@@ -418,8 +532,14 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "an unknown family": (config(model_type="gpt2"), "gpt2"),
     "no family": (config(model_type=None), "model_type"),
     "a family that is a list": (config(model_type=["llama"]), "model_type"),
-    "rope yarn": (rope(rope_type="yarn", factor=4.0), "yarn"),
-    "rope yarn, old dialect": (config(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
+    "rope longrope": (rope(rope_type="longrope", factor=4.0), "longrope"),
+    "rope longrope, old dialect": (config(rope_scaling={"type": "longrope", "factor": 4.0}), "longrope"),
+    "yarn rope without its length": (rope(rope_type="yarn", factor=4.0), "original_max_position_embeddings of the yarn rope"),
+    "yarn rope with an attention_factor as text": (rope(**YARN | {"attention_factor": "0.7"}), "attention_factor of the yarn rope"),
+    "yarn rope with an mscale below 0": (rope(**YARN | {"mscale": -1.0}), "mscale of the yarn rope"),
+    "yarn rope with a beta of next to nothing": (rope(**YARN | {"beta_slow": 5e-324}), "beta_slow of the yarn rope"),
+    "a rope for each kind of layer, but one kind": (rope(full_attention=YARN, sliding_attention=YARN), "one object"),
+    "theta of 1": (rope(rope_theta=1), "rope_theta of the default rope is 1; it must be above 1"),
     "rope dynamic": (config(rope_scaling={"type": "dynamic", "factor": 4.0}), "dynamic"),
     "a rope type that is a list": (config(rope_scaling={"type": ["linear"]}), "rope type"),
     "rope that is a string": (config(rope_scaling="linear"), "rope_scaling"),
@@ -439,7 +559,30 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "an odd head_dim": (config(head_dim=9), "head_dim"),
     "heads that do not share evenly": (config(num_key_value_heads=4), "key-value heads"),
     "hidden_size not a multiple of the heads": (config(hidden_size=25, head_dim=None), "hidden_size"),
-    "a window on some layers": (config(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1), "window"),
+    "Gemma 3 with images": (config(model_type="gemma3"), "gemma3_text does not"),
+    "scores with a soft cap": (config(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0"),
+    "logits with a soft cap": (config(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
+    "attention in both directions": (config(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    "another activation than Gemma's": (config(hidden_activation="gelu"), "hidden_activation 'gelu'"),
+    "Gemma with one rope": (config(model_type="gemma3_text", rope_parameters=LINEAR), "full_attention and sliding_attention"),
+    "Gemma with ropes in both dialects": (config(model_type="gemma3_text", rope_parameters=GEMMA3["rope_parameters"], rope_scaling=LINEAR), "rope_parameters"),
+    "Gemma with ropes that are a list": (config(model_type="gemma3_text", rope_parameters=[LINEAR]), "rope_parameters"),
+    "Gemma with a scale of 0": (config(model_type="gemma3_text", query_pre_attn_scalar=0), "query_pre_attn_scalar"),
+    "Gemma with a pattern of 0": (config(model_type="gemma3_text", sliding_window_pattern=0), "sliding_window_pattern"),
+    "Gemma without a window": (with_null(model_type="gemma3_text", rope_parameters={}, sliding_window=None), "layer_types"),
+    "Gemma without its norms": (config(model_type="gemma3_text", rope_parameters={}, tie_word_embeddings=False), "feedforward_layernorm"),
+    "sliding layers, but no window, llama": (config(layer_types=SLIDING), "layer_types"),
+    "sliding layers, but no window, qwen2": (config(model_type="qwen2", layer_types=SLIDING, sliding_window=8), "layer_types"),
+    "sliding layers, but no window, qwen3": (config(model_type="qwen3", layer_types=SLIDING, sliding_window=8, use_sliding_window=False), "layer_types"),
+    "sliding layers, but no window, smollm3": (config(model_type="smollm3", layer_types=SLIDING, sliding_window=8), "layer_types"),
+    "sliding layers, but no window, mistral": (with_null(model_type="mistral", layer_types=SLIDING, sliding_window=None), "layer_types"),
+    "a window on some layers of mistral": (config(model_type="mistral", layer_types=SLIDING, sliding_window=8), "layer_types"),
+    "fewer layer_types than layers": (config(layer_types=["full_attention"]), "layer_types"),
+    "a window on so many layers": (config(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=-1), "max_window_layers"),
+    "no rope on fewer layers than there are": (config(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers"),
+    "no rope as numbers of layers": (config(model_type="smollm3", no_rope_layers=[0, 3]), "no_rope_layers"),
+    "no rope on every 0th layer": (config(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval"),
+    "a window that is used in words": (config(model_type="qwen2", use_sliding_window="yes"), "use_sliding_window"),
     "unknown layers": (config(layer_types=["full_attention", "linear_attention"]), "linear_attention"),
     "layer_types that is a number": (config(layer_types=3), "layer_types"),
     "layer_types that is nested": (config(layer_types=[["full_attention"]]), "layer_types"),
@@ -570,6 +713,8 @@ def test_a_draw_depends_on_its_own_row_only():
 
 DECODERS = {"groups": {}, "no groups": dict(num_key_value_heads=6), "one key-value head": dict(num_key_value_heads=1),
             "a window": dict(sliding_window=4), "a window of one": dict(sliding_window=1), "norms and biases": dict(qk_norm=True, qkv_bias=True),
+            "two kinds of layers": KINDS, "Gemma": GEMMA, "no rope on a layer": dict(layer_types=["a", "b"], kinds={"a": NO_ROPE, "b": {}}),
+            "yarn": dict(rope=YARN | dict(attention_factor=1.2, truncate=True)),
             "tied, llama3 rope": dict(tie_word_embeddings=True, rope={k: v for k, v in LLAMA3.items() if k != "rope_theta"})}
 PROMPTS, BUDGETS = random_texts([5, 2, 11, 3, 7], seed=1), [9, 14, 4, 0, 11]
 NUCLEUS = dict(temperature=0.9, top_k=20, top_p=0.9)
@@ -729,7 +874,9 @@ def test_generation_leaves_the_model_able_to_train():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("case", ["llama", "llama, tied", "llama, llama3 rope beyond its length", "mistral, beyond its window", "qwen3"])
+@pytest.mark.parametrize("case", ["llama", "llama, tied", "llama, llama3 rope beyond its length", "llama, yarn rope", "mistral, beyond its window", "qwen3",
+                                  "qwen2, beyond the window of its second layer", "smollm3", "smollm3, its own head, biases, a window where there is no rope",
+                                  "gemma3_text"])
 def test_greedy_writes_what_transformers_writes(tmp_path, case):
     family, numbers = FAMILIES[case]
     theirs = small_hf_model(family, **numbers)
@@ -760,13 +907,13 @@ def some_pairs():
     return pairs + [Pair(same[0], same[1], list(same[1]), 1, 3, 3)]
 
 
-WINDOWS = pytest.mark.parametrize("window", [None, 4, 1])
+WINDOWS = pytest.mark.parametrize("seen", [{}, dict(sliding_window=4), dict(sliding_window=1), KINDS, GEMMA], ids=["all", "4", "1", "two kinds of layers", "Gemma"])
 
 
 @torch.no_grad()
 @WINDOWS
-def test_both_continuations_have_the_logits_of_plain_rows(window):
-    model, pairs = small_model(sliding_window=window), some_pairs()
+def test_both_continuations_have_the_logits_of_plain_rows(seen):
+    model, pairs = small_model(**seen), some_pairs()
     shared, plain = collate(pairs), collate(pairs, share=False)
     P, n = shared.prefix, len(pairs)
     ours, expected = model(shared.ids, positions=shared.positions, prefix=P), model(plain.ids)
@@ -782,11 +929,11 @@ def test_both_continuations_have_the_logits_of_plain_rows(window):
 
 @WINDOWS
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_the_prefix_changes_neither_scores_nor_gradients(loss, window):
+def test_the_prefix_changes_neither_scores_nor_gradients(loss, seen):
     cfg, results = SAPOConfig(loss=loss, beta=0.3, lam=0.4), []
     for share in (True, False):
-        model, batch = small_model(sliding_window=window), collate(some_pairs(), share, **scored_tokens(cfg))
-        value, _ = preference_loss(model, batch, cfg, tuple(score(small_model(1, sliding_window=window), batch)))
+        model, batch = small_model(**seen), collate(some_pairs(), share, **scored_tokens(cfg))
+        value, _ = preference_loss(model, batch, cfg, tuple(score(small_model(1, **seen), batch)))
         value.sum().backward()
         results.append([torch.stack(score(model, batch)), value, *(p.grad for p in model.parameters())])
     assert all(torch.allclose(a, b, atol=1e-10, rtol=1e-10) for a, b in zip(*results))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_pairs, random_texts, small_model
+from conftest import GEMMA, ROOT, make_pairs, random_texts, small_model
 
 import losses
 import plan
@@ -21,7 +21,8 @@ from buffer import Pair, collate
 from losses import LOGITS, preference_loss, scored_tokens
 from machine.files import BadInput
 from machine.flags import Command, Config, checked
-from machine.folders import companions, config_from_dict, save_pretrained
+from machine.config import config_from_dict
+from machine.folders import companions, save_pretrained
 from machine.parallel import World, starting_model
 from model import add_lora, generate
 from plan import MODELS, STANDING, Job
@@ -90,9 +91,16 @@ def test_standing_bytes_are_those_of_the_live_tensors_of_two_processes(tmp_path)
         assert plan.standing(plan.read(tmp_path / size), mode, Job(2, loss, optimizer, RANK, dtype == "bfloat16")) == counted, (size, mode, loss, dtype)
 
 
-@pytest.mark.parametrize("name, parameters", [("Mistral-7B", 7_241_732_096), ("Llama-3-8B", 8_030_261_248)])
+MORE = {"Gemma-3-1B": dict(model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+                           num_key_value_heads=1, head_dim=256, sliding_window=512, sliding_window_pattern=6, rope_theta=1e6, rope_local_base_freq=10000),
+        "SmolLM3-3B": dict(model_type="smollm3", vocab_size=128256, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                           num_key_value_heads=4, no_rope_layer_interval=4, rope_theta=5e6)}
+
+
+@pytest.mark.parametrize("name, parameters", [("Mistral-7B", 7_241_732_096), ("Llama-3-8B", 8_030_261_248), ("Gemma-3-1B", 999_885_952),
+                                              ("SmolLM3-3B", 3_075_098_624)])
 def test_public_sizes_come_out_right(name, parameters):
-    config = config_from_dict(MODELS[name])
+    config = config_from_dict((MODELS | MORE)[name])
     assert sum(np.prod(shape) for shape, _ in plan.shapes(config, 0).values()) == parameters
     items = plan.standing(config, "ddp", Job(optimizer="adamw"))
     assert sum(items.values()) // parameters == 26, "float32 AdamW, DPO and a bfloat16 generator: 26 bytes a parameter"
@@ -119,15 +127,15 @@ def kept_bytes(model, batch, cfg, autocast):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 @pytest.mark.parametrize("mode, half", [("ddp", False), ("ddp", True), ("lora", True), ("shard", True)])
-@pytest.mark.parametrize("heads", [2, 6])
-def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, mode, half, loss, checkpointing, heads):
+@pytest.mark.parametrize("heads, changes", [(2, {}), (6, {}), (2, GEMMA | dict(layer_types=["near", "near", "far", "near"] * 2))], ids=["2", "6", "Gemma's norms"])
+def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, mode, half, loss, checkpointing, heads, changes):
     if loss == "orpo":                                      # ... and with the head in chunks, computed again
         for module in (plan, losses):
             for limit in ("LOGITS", "KEPT"):
                 monkeypatch.setattr(module, limit, 61 * 50)
     P, S, pairs, layers = 90, 40, 3, 8
     model = small_model(0, torch.float32, hidden_size=64, intermediate_size=160, num_hidden_layers=layers, head_dim=16, num_attention_heads=6, num_key_value_heads=heads,
-                        max_position_embeddings=512)
+                        max_position_embeddings=512, **changes)
     if mode == "lora":
         add_lora(model.bfloat16(), RANK, 8.0, torch.Generator())
     elif mode == "shard":                                   # FSDP2 computes with parameters that are bfloat16

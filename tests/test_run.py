@@ -29,7 +29,8 @@ from machine.checkpoint import from_disk
 from machine.rows import Row
 from machine.text import Text
 from machine.flags import DATA, Config
-from machine.folders import companions, config_from_dict, load_pretrained, save_pretrained
+from machine.config import config_from_dict
+from machine.folders import companions, load_pretrained, save_pretrained
 from model import Transformer, generate
 
 EOS = 1                                                  # <|end|>, of the tiny tokenizer

@@ -20,7 +20,8 @@ import study
 import train
 from conftest import ROOT, oracle, small_model
 from machine.flags import DATA, parse
-from machine.folders import companions, read_config, save_pretrained
+from machine.config import read_config
+from machine.folders import companions, save_pretrained
 from model import Transformer, generate
 from sapo import Example, State, sapo_step
 

@@ -7,7 +7,7 @@
 
 Everything is measured when it is asked for. A family here is a row of tests/test_model.py's FAMILIES under its public name;
 what differs between the members (biases, norms, ties, head size, window, rope) is what that row sets, far from defaults.
-SAPO_TOKENIZERS names a folder with real tokenizers (subfolders llama2, llama3_1, smollm2, mistral, qwen3, each with
+SAPO_TOKENIZERS names a folder with real tokenizers (subfolders llama2, llama3_1, smollm2, mistral, qwen3, gemma3, each with
 tokenizer.json and tokenizer_config.json, as tests/test_templates.py has them); a family whose tokenizer is not there takes
 the tiny world's.
 """
@@ -46,7 +46,8 @@ NAMED = {       # public name: (row of FAMILIES, folder of its tokenizer)
     "Llama 3.1": ("llama, llama3 rope beyond its length", "llama3_1"), "Llama 3.2": ("llama, llama3 rope beyond its length, tied", "llama3_1"),
     "SmolLM2": ("llama, tied", "smollm2"), "Mistral v0.1": ("mistral, beyond its window", "mistral"),
     "Mistral v0.2, v0.3": ("mistral, no window, head_dim null", "mistral"), "Mistral Nemo": ("mistral, no window", "mistral"),
-    "Qwen2": ("qwen2", "qwen3"), "Qwen2.5, tied": ("qwen2, tied", "qwen3"), "Qwen3": ("qwen3", "qwen3"), "Qwen3, tied": ("qwen3, tied", "qwen3")}
+    "Qwen2": ("qwen2", "qwen3"), "Qwen2.5, tied": ("qwen2, tied", "qwen3"), "Qwen3": ("qwen3", "qwen3"), "Qwen3, tied": ("qwen3, tied", "qwen3"),
+    "Qwen2.5 with yarn": ("qwen2, yarn rope", "qwen3"), "SmolLM3": ("smollm3", "smollm2"), "Gemma 3": ("gemma3_text", "gemma3")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOUND = 1e-4
 

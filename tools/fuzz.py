@@ -43,7 +43,8 @@ from machine.rows import read_rows
 from machine.text import Text
 from machine.files import BadInput
 from machine.flags import Config
-from machine.folders import companions, read_config, save_pretrained
+from machine.config import read_config
+from machine.folders import companions, save_pretrained
 from machine.parallel import starting_model
 from model import ModelConfig, Transformer
 
@@ -64,7 +65,15 @@ CONFIGS = {"llama": {"model_type": "llama", "tie_word_embeddings": True, "attent
            "mistral": {"model_type": "mistral", "sliding_window": 8, "rope_theta": 1e4, "hidden_act": "silu", "eos_token_id": 1},
            "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2, "layer_types": ["full_attention"] * 2,
                      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}, "eos_token_id": [1, 3]},
-           "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "attention_bias": False, "use_cache": True}}
+           "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "attention_bias": False, "use_cache": True},
+           "smollm3": {"model_type": "smollm3", "tie_word_embeddings": True, "no_rope_layers": [1, 0], "no_rope_layer_interval": 2, "use_sliding_window": False,
+                       "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "beta_fast": 16, "mscale": 1.0,
+                                        "mscale_all_dim": 0.5, "truncate": False}},
+           "gemma3_text": {"model_type": "gemma3_text", "tie_word_embeddings": True, "query_pre_attn_scalar": 8, "sliding_window": 8,
+                           "layer_types": ["sliding_attention", "full_attention"], "sliding_window_pattern": 2, "hidden_act": None,
+                           "hidden_activation": "gelu_pytorch_tanh", "final_logit_softcapping": None, "use_bidirectional_attention": False,
+                           "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                                               "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}}
 GENERATION = {"bos_token_id": 0, "eos_token_id": [1, 4], "pad_token_id": 1, "do_sample": True, "temperature": 0.6, "top_p": 0.9,
               "_from_model_config": True}
 CHATML = """{%- if messages[0]['role'] == 'system' %}{% set first = 1 %}{{ '<|system|>' + messages[0]['content'] + '<|end|>' }}{% else %}{% set first = 0 %}{{ '<|system|>You are kind.<|end|>' }}{% endif %}
@@ -230,7 +239,8 @@ class Bench:
         settings |= {"pad_token": None, "unk_token": {"content": "<s>", "lstrip": False, "__type": "AddedToken"},
                      "added_tokens_decoder": {"0": {"content": "<s>", "special": True}}}
         for name, changes in CONFIGS.items():
-            model = small_model(tie_word_embeddings=name == "llama", qkv_bias=name == "qwen2", qk_norm=name == "qwen3")
+            model = small_model(tie_word_embeddings=name in ("llama", "smollm3", "gemma3_text"), qkv_bias=name == "qwen2",
+                                qk_norm=name in ("qwen3", "gemma3_text"), gemma_norms=name == "gemma3_text")
             beside = tokenizer | {"generation_config.json": json.dumps(GENERATION).encode()}
             before = folders.SHARD_BYTES
             folders.SHARD_BYTES = 30_000 if name == "mistral" else before

@@ -28,7 +28,7 @@ import torch
 from losses import KEPT, LOGITS
 from machine.files import BadInput, read_json
 from machine.flags import PRESETS, Config
-from machine.folders import config_from_dict
+from machine.config import config_from_dict
 from model import ModelConfig, Transformer, add_lora
 
 MODES = ("ddp", "lora", "shard")
@@ -113,7 +113,8 @@ def dtypes(mode, job):
 def kept_by_block(c, P, S, wide, item, rank):
     """Bytes that autograd keeps of one pair, a row of T = P + 2S tokens, in one block.
 
-    RMSNorm, twice    x in float32 (the stream itself, if that is float32), and, where its weight is trained, x / rms
+    RMSNorm, twice    x in float32 (the stream itself, if that is float32), and, where its weight is trained, x / rms;
+                      Gemma has four, and its x / rms is float32
     q, k, v           their input, where the matrices are trained; under autocast once for each, as each casts it anew
     attention         prefix and continuations are two calls, of which the kernel keeps q, k, v, output, log-sum-exp
                       and the mask as numbers. With grouped heads k and v are expanded to H; the continuations hold
@@ -124,7 +125,7 @@ def kept_by_block(c, P, S, wide, item, rank):
     """
     D, I, H, K, E = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
     T, cast, grouped, trained = P + 2 * S, wide != item, H != K, not rank
-    norms = 2 * T * D * (4 + trained * wide)
+    norms = 4 * T * D * (4 + trained * 4) if c.gemma_norms else 2 * T * D * (4 + trained * wide)
     inputs = T * D * item * trained * (3 + 2 if cast else 1 + 1)
     heads = H if grouped else K
     q = (P if cast else T) + 2 * S
@@ -132,7 +133,7 @@ def kept_by_block(c, P, S, wide, item, rank):
     v = (P if grouped else T) + 2 * (P + S)
     attention = E * item * (H * q + heads * k + heads * v + H * T) + 4 * H * T + 2 * S * (P + S) * item
     if c.qk_norm:
-        attention += T * E * (H + K) * (4 + trained * item)
+        attention += T * E * (H + K) * (4 + trained * (4 if c.gemma_norms else item))
     output = T * H * E * item * trained
     mlp = T * I * item * (3 + trained)
     return norms + inputs + attention + output + mlp + 7 * rank * T * item

@@ -22,7 +22,8 @@ from buffer import Pair, collate
 from losses import batch_logps
 from machine.text import Text
 from machine.files import BadInput, parse_json, read_json
-from machine.folders import companions, config_from_dict, load_pretrained
+from machine.config import config_from_dict
+from machine.folders import companions, load_pretrained
 from machine.report import one_line
 
 INK = {"A": "\033[2m", "B": "\033[32m", "B'": "\033[31m", "C": "\033[36m"}      # dim, green, red, cyan
