@@ -206,12 +206,13 @@ def new_run(out, files, config, run):
         write_json(temporary / "config.json", run | {"versions": versions})
 
 
-def dtype_of(out):
-    """The dtype in which a run's models will be written."""
-    name = read_json(out / "config.json").get("dtype")
+def origin_of(out):
+    """(dtype, commit) of the checkpoint that a run was made from."""
+    run = read_json(out / "config.json")
+    name = run.get("dtype")
     if name not in ("float32", "bfloat16", "float16"):
         raise BadInput(f"{out / 'config.json'}: dtype is {name!r}; put the file back as the run wrote it")
-    return getattr(torch, name)
+    return getattr(torch, name), run.get("model_commit")
 
 
 def clear_up(out):

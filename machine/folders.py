@@ -185,8 +185,8 @@ def save_pretrained(model, folder, dtype=torch.bfloat16, files=None, weights=Non
             (temporary / name).write_bytes(content)
 
 
-def save_adapter(model, folder, base):
-    """Write the LoRA factors as a folder that `peft` loads onto `base`, a folder or hub name."""
+def save_adapter(model, folder, base, commit=None):
+    """Write the LoRA factors as a folder that `peft` loads onto `base`, a folder or a hub name (`commit`)."""
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
     factors = {}
     for name, module in adapters.items():
@@ -197,33 +197,41 @@ def save_adapter(model, folder, base):
     with new_folder(folder) as temporary:
         save_file(factors, temporary / "adapter_model.safetensors", {"format": "pt"})
         write_json(temporary / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-            "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-            "target_modules": sorted({name.rpartition(".")[2] for name in adapters})})
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+            "revision": commit, "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": sorted({name.rpartition(".")[2] for name in adapters}),
+            "inference_mode": True})
 
 
 # -------------------------------------------------------------------------------- the hub
-HUB_FILES = ["model*.safetensors", "model.safetensors.index.json",     # no other: Mistral's come twice
-             "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja",
-             "LICENSE*"]
+BESIDE = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja",
+          "added_tokens.json", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]       # no other: Mistral's come twice
 
 
-def find_model(name, world):
-    """(folder, commit or None) of --model: a local folder, else a hub name, fetched once a node."""
-    if Path(name).is_dir():
-        return Path(name), None
-    world.together(lambda: world.local == 0 and fetch(name))
-    folder = world.together(lambda: fetch(name))
-    return folder, folder.name
+def find_model(name, world, patterns=BESIDE):
+    """(folder, commit or None) of --model: a local folder, else what of a hub name matches the patterns,
+    fetched by one process a node while the others wait."""
+    def find():
+        if Path(name).is_dir():
+            return Path(name), None
+        folder = fetch(name, patterns)
+        return folder, folder.name
+
+    world.together(lambda: find() if world.local == 0 else None)
+    return world.together(find)
 
 
-def fetch(name):
+def fetch(name, patterns, **how):
     """The local folder of a hub name[@revision], fetched if need be; BadInput says why it cannot be."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
     repo, _, revision = name.partition("@")
     where = f"--model {name}: no such folder, "
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns, **how))
+        if constants.HF_HUB_OFFLINE and WEIGHTS[0] in patterns and not any(folder.glob(WEIGHTS[0])):
+            raise FileNotFoundError(WEIGHTS[0])          # only the files beside them are in the cache
+        return folder
     except errors.HFValidationError:
         raise BadInput(f"{where}and not a hub name either") from None
     except errors.GatedRepoError:
@@ -232,8 +240,17 @@ def fetch(name):
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise BadInput(f"{where}and the hub knows no such repository or revision") from None
     except Exception as error:                           # offline, timed out, proxy: many kinds
-        raise BadInput(f"{where}and the hub cannot be reached ({type(error).__name__}); "
+        offline = ", as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
+        raise BadInput(f"{where}and the hub cannot be reached{offline} ({type(error).__name__}); "
                        "download the repository elsewhere and give its folder") from None
+
+
+def stored_weights(name):
+    """weight_files of --model as far as they lie on this disk; {} where they do not."""
+    try:
+        return weight_files(name if Path(name).is_dir() else fetch(name, WEIGHTS, local_files_only=True))
+    except BadInput:
+        return {}
 
 
 def refuse_links(folder):

@@ -11,7 +11,8 @@ from machine.config import config_to_dict, read_config
 from machine.dataset import read_data
 from machine.files import BadInput
 from machine.flags import Config, flag_of, resolved
-from machine.folders import check_weights, companions, find_model, refuse_links, saved_dtype
+from machine.folders import (BESIDE, WEIGHTS, check_weights, companions, find_model, refuse_links,
+                             saved_dtype)
 from machine.rows import read_rows
 from machine.text import Text
 from model import ModelConfig
@@ -27,8 +28,9 @@ class Inputs:
     base: Path | None           # the model folder; None on resume, where a checkpoint holds the weights
     commit: str | None          # of the hub's repository
     config: ModelConfig
-    files: dict                 # {name: bytes} of what stands beside the weights
-    dtype: torch.dtype          # in which the models will be written: the source's
+    files: dict                 # {name: bytes} of what will stand beside the weights
+    notes: list                 # what was changed in them, in sentences
+    dtype: torch.dtype          # of the weights in `base`
     text: Text
     data: list                  # Data to train on, to evaluate on, for SFT
     steps: int                  # of SAPO
@@ -36,6 +38,22 @@ class Inputs:
 
     def fingerprints(self):
         return {name: data.fingerprint() for name, data in zip(FILES, self.data)}
+
+    def written(self):
+        """The dtype in which the models will be written."""
+        return self.dtype if self.cfg.save_dtype == "auto" else getattr(torch, self.cfg.save_dtype)
+
+    def origin(self):
+        """(hub name, commit) of the base, or (its folder, None)."""
+        repo = self.cfg.model.partition("@")[0]
+        return (repo, self.commit) if self.commit else (Path(self.cfg.model).absolute(), None)
+
+    def find_weights(self, world):
+        """The base, complete: from the hub only when nothing else is left that could be refused."""
+        if not self.cfg.from_scratch:
+            self.base, _ = find_model(self.cfg.model, world, BESIDE + WEIGHTS)
+            world.together(lambda: check_weights(self.base, self.config))
+            self.dtype = saved_dtype(self.base)
 
     def new_run(self):
         """The run folder, with what was asked for and what it is made from."""
@@ -55,6 +73,8 @@ def read_inputs(command, world):
     if any(other != seen[0] for other in seen):  # they would take unequal numbers of steps, and wait
         raise BadInput("not all processes have the same settings and data; start every node with the same "
                        "command and the same files")
+    if base:
+        inputs.find_weights(world)
     return inputs
 
 
@@ -64,17 +84,18 @@ def _read(command, base, commit, world):
     source = resume / "source" if resume else base
     config = read_config(source)
     refuse_links(source)
-    files, dtype = companions(source), torch.float32
+    dtype = torch.float32
     if resume:
-        dtype = checkpoint.dtype_of(resume)
-    elif not cfg.from_scratch:
-        check_weights(base, config)
-        dtype = saved_dtype(base)
+        dtype, commit = checkpoint.origin_of(resume)
+    elif commit:                                 # the branch may move, the run's model does not
+        cfg = dataclasses.replace(cfg, model=f"{cfg.model.partition('@')[0]}@{commit}")
     cfg = resolved(cfg, config.max_position_embeddings, world.size)
-    text = Text(files, source, config, cfg.chat_template)
+    text = Text(companions(source), source, config, "" if resume else cfg.chat_template)
+    files, notes = (text.files, []) if resume else text.exported()       # source/ holds what was exported
     data = read_data(rows, text, cfg, world.first)
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
         read = {flag_of(name): getattr(cfg, name) for name in ("model", "chat_template", *FILES)}
         checkpoint.may_write(Path(cfg.out), cfg.overwrite, read)
-    return Inputs(cfg, command.preset, base, commit, config, files, dtype, text, data, steps, world.size)
+    return Inputs(cfg, command.preset, base, commit, config, files, notes, dtype, text, data, steps,
+                  world.size)

@@ -32,7 +32,7 @@ from machine.text import Text
 from machine.files import BadInput
 from machine.flags import PRESETS, Config, flag_of, kind_of, parse, resolved
 from machine.config import read_config
-from machine.folders import companions, find_model, save_pretrained
+from machine.folders import BESIDE, WEIGHTS, companions, find_model, save_pretrained
 from machine.parallel import World
 from machine.report import passes
 from model import ModelConfig, Transformer
@@ -464,11 +464,11 @@ def test_flags_are_written_out(flags):
 # ---------------------------------------------------------------- where the model comes from
 
 REPOSITORY = """config.json generation_config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json
-    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json chat_template.jinja LICENSE LICENSE.txt README.md .gitattributes
+    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json chat_template.jinja LICENSE LICENSE.txt NOTICE USE_POLICY.md README.md .gitattributes
     pytorch_model.bin pytorch_model.bin.index.json consolidated.safetensors consolidated.00.pth original/consolidated.00.pth original/params.json
     onnx/model.onnx onnx/model.safetensors training_args.bin model.gguf flax_model.msgpack tf_model.h5 events.out.tfevents modeling_custom.py""".split()
 NEEDED = """config.json generation_config.json model-00001-of-00002.safetensors model-00002-of-00002.safetensors model.safetensors.index.json
-    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json chat_template.jinja LICENSE LICENSE.txt""".split()
+    tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json chat_template.jinja LICENSE LICENSE.txt NOTICE USE_POLICY.md README.md""".split()
 
 
 @pytest.fixture
@@ -503,9 +503,12 @@ def test_a_hub_name_may_carry_a_revision_and_its_commit_is_kept(hub, name, repo,
 def test_only_what_is_needed_is_asked_for(hub):
     """No pickles, no second copy of the weights in another format, no code."""
     from huggingface_hub.utils import filter_repo_objects
+    hub.answer.mkdir(parents=True)
+    (hub.answer / "model-00001-of-00002.safetensors").touch()
+    find_model("org/name", World("cpu"), BESIDE + WEIGHTS)
     find_model("org/name", World("cpu"))
-    (_, more), *_ = hub.asked
-    assert list(filter_repo_objects(REPOSITORY, allow_patterns=more["allow_patterns"])) == NEEDED
+    beside, whole = (set(filter_repo_objects(REPOSITORY, allow_patterns=more["allow_patterns"])) for _, more in hub.asked[:0:-2])
+    assert whole == set(NEEDED) and whole - beside == {name for name in NEEDED if name.startswith("model")}
 
 
 def hub_error(name):
@@ -531,7 +534,7 @@ def test_what_goes_wrong_at_the_hub_is_told_with_what_to_do(hub, error, words):
 def test_offline_a_hub_name_is_refused_with_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(BadInput, match="--model org/name: no such folder, and the hub cannot be reached .*; download the repository elsewhere"):
+    with pytest.raises(BadInput, match="--model org/name: no such folder, and the hub cannot be reached, as HF_HUB_OFFLINE is set .*; download the repository elsewhere"):
         find_model("org/name", World("cpu"))
 
 
@@ -549,7 +552,7 @@ def test_a_model_from_the_hub_is_trained_and_its_commit_recorded(hub, tmp_path):
     with pytest.raises(Reached):
         call(tmp_path, [*GOOD, "--model", "org/name@v1.0"])
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert (config["model_commit"], config["settings"]["model"]) == ("0a1b2c", "org/name@v1.0")
+    assert (config["model_commit"], config["settings"]["model"]) == ("0a1b2c", "org/name@0a1b2c")
 
 
 # ---------------------------------------------------------------- schedules
