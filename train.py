@@ -31,11 +31,13 @@ from machine import checkpoint
 from machine.dataset import Draw
 from machine.files import BadInput, write_json
 from machine.flags import parse
-from machine.folders import blank, find_model, plain_weights, save_adapter, save_pretrained
+from machine.folders import (blank, load_pretrained, plain_weights, read_weights, save_adapter,
+                             save_pretrained, stored_weights)
 from machine.inputs import read_inputs
 from machine.parallel import World, load_weights, starting_model, twin_of, wrap
-from machine.report import (Evaluation, Log, draw_curves, eval_pairs, model_card, one_line, pair_text, passes,
-                            print_profile, print_sample, print_table, show_pair, write_samples)
+from machine.report import (Evaluation, Log, Moved, draw_curves, eval_pairs, model_card, one_line, pair_text,
+                            passes, print_profile, print_sample, print_table, show_pair, show_rows,
+                            write_samples, write_whole)
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 
@@ -118,10 +120,14 @@ class Run:
         self.log = Log(self.out, world.first)
         for note in dict.fromkeys(data.note for data in inputs.data):
             self.log.say(note)
+        if inputs.notes:
+            self.log.say("written folders: " + "; ".join(inputs.notes))
+        if not self.steps:
+            self.log.say(show_rows(self.data, self.text))
         found = checkpoint.find_checkpoint(self.out, self.resume, world)
         if self.resume and not found:            # stopped before the first checkpoint: begin again
             self.resume = None
-            inputs.base, inputs.commit = find_model(cfg.model, world)
+            inputs.find_weights(world)
         frozen = inputs.base if cfg.lora else None
         self.stands_on = checkpoint.foundations(self.out, frozen, inputs.fingerprints(), world)
         self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, bool(self.resume))
@@ -201,9 +207,11 @@ class Run:
             self.bad_steps = 0
             return
         self.bad_steps += 1
+        data = self.inputs.data[2] if name == "SFT" else self.data
         rows = sorted({row for part in self.world.all(bad_rows) for row in part})[:16]
+        places = "; ".join(data.places[row] for row in rows) or "no row"
         self.log.say(f"{name} step {number}: the gradient is not finite and changed nothing; loss not finite "
-                     f"for data rows {rows}")
+                     f"for {places}")
         if self.bad_steps >= self.cfg.max_bad_steps:
             raise Diverged(f"{self.bad_steps} steps in a row had a gradient that is not finite; what "
                            f"{self.out} holds is from before; look at the rows named above, or lower --lr")
@@ -296,7 +304,7 @@ class Run:
         began = time.monotonic()
         number = self.sft_step + (self.state.step if self.state else 0)
         folder = self.out / "checkpoint" / f"step-{number:08d}"
-        if folder != self.saved:                 # a whole checkpoint is never replaced
+        if folder != self.saved and self.model:  # a whole checkpoint is never replaced
             checkpoint.write_checkpoint(folder, self.parts(), self.cfg.keep, self.world)
             self.saved = folder
         self.spend("save", began)
@@ -359,32 +367,62 @@ class Run:
 
     # -- the end
     def finish(self):
-        """The models as Hugging Face folders, the samples, the curves, and the table."""
-        for name, model in {"model": self.model, "ema": self.state.ema}.items() if self.steps else ():
-            self.export(name, model)
+        """The models as Hugging Face folders, measured as written; the samples, the curves, and the table."""
+        moved, out = "", self.out
+        if self.steps:
+            moved = self.export("model", self.model)
+            self.export("ema", self.state.ema)
+            self.measure_written()
         if self.world.first:
-            write_json(self.out / "results.json", self.table)
-            write_samples(self.out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
-            draw_curves(self.out)
+            for name in ("model", "ema") if self.steps else ():
+                write_whole(out / name / "README.md", model_card(name, self.inputs, self.table, moved))
+            write_json(out / "results.json", self.table)
+            write_samples(out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
+            draw_curves(out)
             print_table(self.table)
-            print_sample(self.out / "samples.jsonl")
+            if moved:
+                print(moved)
+            print_sample(out / "samples.jsonl")
             print_profile(time.monotonic() - self.began, self.spent, self.world.device)
-            print(f"everything is in {self.out}")
+            print(f"everything is in {out}")
         self.world.all(None)
 
     def export(self, name, model):
-        """A model as a Hugging Face folder, and its adapter; all processes gather, the first keeps."""
-        weights, first = {}, self.world.first
+        """A model as a Hugging Face folder, and its adapter; all processes gather, the first keeps. Returns
+        what Moved says of it."""
+        cfg, inputs = self.cfg, self.inputs
+        first, weights = self.world.first, {}
+        here = first and name == "model" and not (cfg.from_scratch or cfg.sft_steps)   # the run's own start
+        moved = Moved(stored_weights(cfg.model) if here else {}, self.half if cfg.lora else torch.float32)
         for key, tensor in plain_weights(model):
             if first:
-                weights[key] = tensor.to("cpu", self.inputs.dtype)
+                weights[key] = tensor.to("cpu", inputs.written())
+                moved.add(key, tensor, weights[key])
         if first:
-            base = self.cfg.model + (f" at {self.inputs.commit}" if self.inputs.commit else "")
-            card = model_card(name, base, self.cfg, self.state.step, len(self.inputs.data[1]), self.table)
-            files = self.inputs.files | {"README.md": card.encode()}
-            save_pretrained(model, self.out / name, self.inputs.dtype, files, weights)
-            if self.cfg.lora:
-                save_adapter(model, self.out / f"{name}_adapter", self.inputs.base)
+            files = {file: content for file, content in inputs.files.items() if file != "README.md"}
+            save_pretrained(model, self.out / name, inputs.written(), files, weights)
+            if cfg.lora:
+                save_adapter(model, self.out / f"{name}_adapter", *inputs.origin())
+        return moved.line()
+
+    def measure_written(self):
+        """model/ as it is on the disk, in place of all that was trained: a second model may not fit."""
+        began, folder = time.monotonic(), self.out / "model"
+        generator = self.state.generator if self.cfg.shard else None
+        self.state = self.optimizer = None
+        self.policy = self.model = None
+
+        def read_back():
+            if generator:
+                return load_weights(generator, read_weights(folder))
+            return load_pretrained(folder, self.half if self.cfg.lora else torch.float32, self.world.device)
+
+        self.world.all(None)                     # once the first has written it
+        if all(self.world.all((folder / "config.json").is_file())):
+            self.table["written"] = self.evaluation.measure(self.world.together(read_back))
+        else:
+            self.log.say("model/ is not measured as written: not all processes see it")
+        self.spend("evaluate", began)
 
 
 # ---------------------------------------------------------------------------- the command

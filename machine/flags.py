@@ -60,6 +60,10 @@ class Config(SAPOConfig):
     dtype: str = setting(
         "auto", "of autocast and of the generator; weights stay float32 (LoRA's frozen base does not); "
         "auto: bfloat16 on cuda", "authors' code", choices=("auto", "float32", "bfloat16"))
+    save_dtype: str = setting(
+        "float32", "of model/ and ema/: float32 is what was trained, bfloat16 takes most changes of a small "
+        "learning rate back; auto: the dtype of --model",
+        choices=("auto", "float32", "bfloat16", "float16"))
     shard: bool = setting(False, "FSDP2: weights, EMA, reference and optimizer are sharded over processes")
     gradient_checkpointing: bool = setting(False, "recompute blocks going backward: less memory, more time")
     save_every: int = setting(100, "steps between checkpoints; 0: only between stages and at the end", low=0)
@@ -84,7 +88,7 @@ PRESETS = {
         eval_every=30, save_every=60)}
 MAY_CHANGE = {      # on --resume, like the number of processes
     "out", "overwrite", "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "max_minutes",
-    "max_bad_steps", "device", "shard", "micro_batch", "generate_ahead", "generate_rows",
+    "max_bad_steps", "save_dtype", "device", "shard", "micro_batch", "generate_ahead", "generate_rows",
     "gradient_checkpointing"}
 
 

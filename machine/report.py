@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+from safetensors import safe_open
 from tqdm import tqdm
 
 from buffer import collate
@@ -194,6 +197,20 @@ def show_pair(parts):
     return f"    y+  {A} [{B}] {C}\n    y-  {A} [{new}] {C if parts['C kept'] else ''}"
 
 
+def show_rows(data, text, n=3):
+    """The first rows of a Data as the loss sees them: whole texts, end tokens marked, and ids."""
+    lines = []
+    for i in range(min(n, len(data))):
+        row = data[i]
+        lines.append(f"{data.places[i]}:")
+        for name, ids in (("prompt", row.prompt), ("chosen", row.chosen), ("rejected", row.rejected)):
+            if ids:
+                cut = len(ids) - (name != "prompt" and ids[-1] in text.eos)
+                end = f" and the end token {text.decode(ids[cut:])!r}" if ids[cut:] else ""
+                lines += [f"    {name:<8}  {text.decode(ids[:cut])!r}{end}", f"              {ids}"]
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------- curves
 PANELS = {      # title: keys of metrics.jsonl
     "loss": ["loss"], "reward margin (nats)": ["rewards/margins"],
@@ -282,15 +299,19 @@ def print_profile(seconds, stages, device):
             print(f"peak memory {peak / 2**30:.2f} GB")
 
 
+def write_whole(path, text):
+    """A text file that is whole or not there."""
+    temporary = path.with_name(f".{path.stem}.tmp")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
 def write_samples(path, examples, text, answers):
-    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}. Whole or not there."""
+    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}."""
     columns = {"prompt": [text.decode(e.prompt, True) for e in examples],
                "chosen": [text.decode(e.chosen, True) for e in examples], **answers}
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    temporary = path.with_name(f".{path.stem}.tmp")
-    temporary.write_text("".join(lines), "utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def print_sample(path):
@@ -303,19 +324,57 @@ def print_sample(path):
                 print(f"after   {one_line(sample['policy'], 400)}")
 
 
-def model_card(name, base, cfg, steps, rows, table):
+class Moved:
+    """How much of what training changed the written weights still show. start: the `stored_weights` that
+    training began with, in `dtype`; {} where they are not at hand, and then there is nothing to say."""
+
+    def __init__(self, start, dtype):
+        self.start, self.dtype = start, dtype
+        self.counts = np.zeros(3, np.int64)      # weights, those that moved, those of them written so
+
+    def add(self, name, trained, written):
+        file, shape, _ = self.start.get(name, (None, None, None))
+        if shape == tuple(trained.shape):
+            with safe_open(file, "pt") as f:
+                start = f.get_tensor(name).to(self.dtype)
+            moved = trained.to("cpu") != start
+            self.counts += [moved.numel(), moved.sum().item(), (moved & (written != start)).sum().item()]
+
+    def line(self):
+        size, moved = self.counts[:2].tolist()
+        share = self.counts[2] / max(1, moved)
+        return size and (f"{moved:,} of {size:,} weights moved; {share:.1%} of those differ from the start "
+                         "in the written folder")
+
+
+def front_matter(inputs):
+    """The Hub's metadata of a model that this run made, as YAML; the licence is the one of the base's."""
+    try:
+        stated = metadata_load(Path(inputs.cfg.out, "source", "README.md")) or {}
+    except Exception:                                    # there is none, or it is broken in any way
+        stated = {}
+    licence = {key: stated[key] for key in ("license", "license_name", "license_link") if key in stated}
+    base = inputs.origin()[0] if inputs.commit and not inputs.cfg.from_scratch else None
+    data = ModelCardData(base_model=base, library_name="transformers", pipeline_tag="text-generation",
+                         tags=["sapo", inputs.cfg.loss], **licence)
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def model_card(name, inputs, table, moved):
     """README.md of a written model: what it is, from what, and what was measured."""
+    cfg, heads = inputs.cfg, list(next(iter(table.values())))
     what = "The trained policy" if name == "model" else "The moving average, which generated y-,"
-    heads = list(next(iter(table.values())))
+    begun = "Trained from random weights, with the config of" if cfg.from_scratch else "Fine-tuned from"
     lines = []
     for model, row in table.items():
         lines.append(f"| {model} | " + " | ".join(f"{v:.4f}" for v in row.values()) + " |")
     shown = [f.name for f in dataclasses.fields(SAPOConfig)] + ["lr", "optimizer", "epochs", "seed", "lora"]
     settings = [f"    {flag_of(k)} {getattr(cfg, k)}" for k in shown]
     return "\n".join([
-        f"# {what} of a SAPO run\n",
-        f"Fine-tuned from `{base}` on `{cfg.data}` by Self-Augmented Preference Optimization (arXiv "
-        f"2405.20830), loss {cfg.loss}, {steps} steps.\n",
-        f"On {rows} held-out rows:\n",
-        f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}", *lines,
+        f"{front_matter(inputs)}\n# {what} of a SAPO run\n",
+        f"{begun} `{cfg.model}` on `{cfg.data}` by Self-Augmented Preference Optimization (arXiv "
+        f"2405.20830), loss {cfg.loss}, {inputs.steps} steps.\n",
+        f"On {len(inputs.data[1])} held-out rows; `written` is model/ as it was read back from the disk, "
+        f"{inputs.written()}:\n",
+        f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}", *lines, f"\n{moved}" if moved else "",
         "\nSettings:\n", *settings, ""])

@@ -541,7 +541,8 @@ def test_a_step_that_is_not_finite_moves_nothing_and_too_many_stop_the_run(world
     for step in (5, 6, 7):
         assert moved[step]["moved"] == [] and f"SAPO step {step}: the gradient is not finite and changed nothing" in printed
         assert bool(moved[step]["bad"]) == (what != "gradient") and set(moved[step]["bad"]) <= set(moved[step]["rows"])
-        assert f"data rows {sorted(set(moved[step]['bad']))}" in printed
+        bad = "; ".join(f"{world[3]}, line {row + 1}" for row in sorted(set(moved[step]["bad"])))
+        assert f"loss not finite for {bad or 'no row'}\n" in printed
     newest = checkpoints(out)[-1]
     assert newest.name == "step-00000008" and newest_checkpoint(out) == newest         # from before the first of them
     assert all(t.isfinite().all() for f in newest.glob("*.safetensors") for t in load_file(f).values() if t.is_floating_point())
@@ -580,7 +581,7 @@ def bad_sft(steps):
 
 def test_sft_stops_for_bad_steps_too(world, whole, tmp_path):
     printed = run(tmp_path / "run", *world, "--max-bad-steps", 2, hook=functools.partial(bad_sft, (3, 4)), code=3)
-    assert "SFT step 3: the gradient is not finite and changed nothing; loss not finite for data rows [" in printed
+    assert f"SFT step 3: the gradient is not finite and changed nothing; loss not finite for {world[5]}, line " in printed
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["step-00000002"]
     resume(tmp_path / "run")
     assert not differences(whole, tmp_path / "run")

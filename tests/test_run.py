@@ -323,7 +323,7 @@ def test_the_written_folder_is_a_model_for_transformers_in_the_sources_dtype(who
     transformers = oracle("transformers")
     base = tmp_path / "base"
     save_pretrained(load_pretrained(whole / "model"), base, dtype, companions(whole / "model"))
-    run(tmp_path / "run", *tuned(world, base, "--steps", 2))
+    run(tmp_path / "run", *tuned(world, base, "--steps", 2, "--save-dtype", "auto"))
     for name in ("model", "ema"):
         folder = tmp_path / "run" / name
         assert {t.dtype for t in load_file(folder / "model.safetensors").values()} == {dtype}
