@@ -1,6 +1,7 @@
 """Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token.
 
     python tools/show.py runs/NAME [--n 5] [--no-color] [--no-model] [--png FILE]
+    python tools/show.py --data FILE --model FOLDER [--chat-template FILE] [--n 5]      the rows, as a run's losses see them
 
 Reads pairs.jsonl, evenly over the run. Where the run has written its model/, each token of B, B' and C carries a number:
 its log-prob under the trained policy, less that under the starting model where that is a folder here (not so for a run from
@@ -20,11 +21,14 @@ import torch
 
 from buffer import Pair, collate
 from losses import batch_logps
-from machine.text import Text
+from machine.dataset import Data
 from machine.files import BadInput, parse_json, read_json
-from machine.config import config_from_dict
+from machine.config import config_from_dict, read_config
+from machine.flags import Config, resolved
 from machine.folders import companions, load_pretrained
-from machine.report import one_line
+from machine.report import one_line, show_rows
+from machine.rows import read_rows
+from machine.text import Text
 
 INK = {"A": "\033[2m", "B": "\033[32m", "B'": "\033[31m", "C": "\033[36m"}      # dim, green, red, cyan
 PAPER = {"A": "#777777", "B": "#1a7f37", "B'": "#c0392b", "C": "#1f6feb"}
@@ -177,15 +181,31 @@ def draw(rows, pairs, text, policy, start, path):
     plt.close(figure)
 
 
+def encoded(args):
+    """The first rows of a data file as text, end tokens marked, and as ids; no weight is read."""
+    config = read_config(args.model)
+    text = Text(companions(args.model), args.model, config, args.chat_template)
+    cfg = resolved(Config(), config.max_position_embeddings, 1)
+    return show_rows(Data(read_rows(args.data)[:args.n], text, cfg, args.data), text, args.n)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--n", type=int, default=5, help="triples shown")
+    parser.add_argument("run", type=Path, nargs="?", help="run folder")
+    parser.add_argument("--data", help="show rows of this file instead")
+    parser.add_argument("--model", help="folder whose tokenizer and chat template they get")
+    parser.add_argument("--chat-template", default="", help="in place of the model's, as in train.py")
+    parser.add_argument("--n", type=int, default=5, help="triples or rows shown")
     parser.add_argument("--no-color", action="store_true", help="no colour; without a terminal there is none either")
     parser.add_argument("--no-model", action="store_true", help="text only")
     parser.add_argument("--png", help="draw them there as well")
     args = parser.parse_args(argv)
+    if (args.run is None) != bool(args.data and args.model):
+        parser.error("give a run folder, or --data and --model")
     try:
+        if args.data:
+            print(encoded(args))
+            return 0
         rows = read_pairs(args.run, max(1, args.n))
         source = args.run / "source"
         config = config_from_dict(read_json(source / "config.json", "run folder"))
