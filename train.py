@@ -41,7 +41,9 @@ from machine.report import (Evaluation, Log, Moved, draw_curves, eval_pairs, mod
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 
-KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on")     # of a Run, in a checkpoint
+KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on",     # of a Run, in a checkpoint
+        "tokens")
+OF_ALL = {"buffer/size", "gen/tokens_per_second", "gen/tokens", "train/tokens"}    # of all processes together
 
 
 class Stopped(Exception):
@@ -106,6 +108,7 @@ class Run:
         self.state, self.sft_step = None, 0
         self.bad_steps, self.saved = 0, None
         self.table, self.answers = {}, {}                        # {model: {metric: value}}, {model: [text]}
+        self.tokens = {"gen/num_tokens": 0.0, "train/num_tokens": 0.0}       # since the start
         self.evaluated, self.spent = None, {}                    # at which step; {stage: seconds}
         half = self.cfg.dtype == "bfloat16" or self.cfg.dtype == "auto" and world.device.type == "cuda"
         self.half = torch.bfloat16 if half else torch.float32
@@ -178,6 +181,7 @@ class Run:
             generator = blank(self.inputs.config, self.half).to(world.device).requires_grad_(False)
         self.state = State.start(
             self.policy, cfg, self.text.eos, cfg.seed + world.rank, vocab=self.text.vocab,
+            breaks=self.text.breaks(cfg.segment),
             optimizer=self.optimizer, generator=generator, processes=world.size,
             copy=lambda _: twin_of(self.model, cfg, world, self.half),
             steps_per_epoch=max(1, round(len(self.data) / cfg.batch_size)),
@@ -253,9 +257,10 @@ class Run:
         metrics = sapo_step(state, self.draw, self.cfg, self.autocast)
         for stage, seconds in state.clock.seconds.items():
             self.spent[stage] = self.spent.get(stage, 0.0) + seconds
-        for key in metrics.keys() & {"buffer/size", "gen/tokens_per_second"}:    # of all processes together
+        for key in metrics.keys() & OF_ALL:
             metrics[key] *= self.world.size
-        if len(verifiers) == len(self.data):     # is y- really worse? fresh pairs stand last in the buffer
+        generated = "gen/eos_fraction" in metrics            # with --generate-every, not on each step
+        if generated and len(verifiers) == len(self.data):   # is y- really worse? they stand last
             fresh = [state.buffer.pairs[-i] for i in range(1, self.cfg.batch_size // self.world.size + 1)]
             for side in ("chosen", "rejected"):
                 texts = [self.text.decode(getattr(p, side), True) for p in fresh]
@@ -265,7 +270,10 @@ class Run:
 
     def after_step(self, number, metrics):
         cfg, log = self.cfg, self.log
-        log.write("metrics", {"step": number, "epoch": number * cfg.batch_size / len(self.data), **metrics})
+        for name in self.tokens:
+            self.tokens[name] += metrics[name.replace("num_", "")]
+        log.write("metrics", {"step": number, "epoch": number * cfg.batch_size / len(self.data), **metrics,
+                              **self.tokens})
         line = (f"loss {metrics['loss']:.3f}  margin {metrics['rewards/margins']:+.3f}  "
                 f"accuracy {metrics['rewards/accuracies']:.2f}  staleness {metrics['buffer/staleness']:.1f}")
         if number % cfg.show_every == 0 or number == 1:

@@ -30,7 +30,8 @@ MANNERS = {"single_word", "lstrip", "rstrip", "normalized", "special"}       # o
 MEANING = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "documents",
            "weight", "train"}           # keys without which a row says something else
 BREAKS = {      # how the text of a token ends that ends a sentence, or a line
-    "sentence": r"""([.!?\u2026\u3002\uff01\uff1f\uff0e]['")\]*\u2019\u201d\u300d\u300f\uff09]*\s*|\n\s*)\Z""",
+    "sentence": r"""([.!?\u2026\u3002\uff01\uff1f\uff0e]['")*\]\u2019\u201d\u300d\u300f\uff09]*\s*"""
+                r"|\n\s*)\Z",
     "line": r"\n[^\S\n]*\Z"}
 
 

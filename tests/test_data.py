@@ -399,7 +399,7 @@ def test_help_names_every_flag_with_its_default_and_source(capsys):
     for name, f in FIELDS.items():
         default = "none" if f.default in ("", None) else f.default
         assert flag_of(name) in text and "".join(f"{f.metadata['help']}[{default};{f.metadata['source']}]".split()) in text
-        assert f.metadata["source"] in ("ours", "paper", "authors' code", "SLiC-HF") or ";" in f.metadata["source"]
+        assert f.metadata["source"] in ("ours", "paper", "authors' code", "SLiC-HF", "TRL", "RPO") or ";" in f.metadata["source"]
 
 
 def test_a_switch_can_be_switched_off():
