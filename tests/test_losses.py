@@ -12,12 +12,15 @@ from conftest import oracle, random_texts, small_hf_model
 from losses import (
     IGNORE,
     dpo_loss,
+    ipo_loss,
     log1mexp,
     log_odds,
     orpo_loss,
     preference_loss,
+    rpo_loss,
     score,
     scored_tokens,
+    simpo_loss,
     slic_loss,
     token_logps,
 )
@@ -84,6 +87,121 @@ def test_dpo_stays_finite_at_any_margin():
     loss = dpo_loss(chosen, -chosen.detach(), torch.zeros(3), torch.zeros(3), beta=2.0)[0]
     loss.sum().backward()
     assert loss.isfinite().all() and chosen.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------- IPO
+
+def test_ipo_is_what_a_loop_of_floats_says():
+    beta, rows = 0.37, list(zip(*(some_logps(9, seed) for seed in range(4))))
+    loss, up, down = ipo_loss(*tensors(*zip(*rows)), beta)
+    for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(rows):
+        assert up[i].item() == pytest.approx(beta * (chosen - ref_chosen), abs=1e-12)
+        assert down[i].item() == pytest.approx(beta * (rejected - ref_rejected), abs=1e-12)
+        assert loss[i].item() == pytest.approx(((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2, abs=1e-12)
+
+
+def gaps_after(loss, steps, gaps):
+    """Where gradient descent on the log-probs themselves brings these gaps, log pi/ref (y+) - log pi/ref (y-)."""
+    ref_chosen, ref_rejected = tensors(some_logps(len(gaps), 5), some_logps(len(gaps), 6))
+    chosen, rejected = ref_chosen + torch.tensor(gaps, dtype=torch.float64), ref_rejected.clone()
+    for _ in range(steps):
+        both = chosen.requires_grad_(), rejected.requires_grad_()
+        up, down = torch.autograd.grad(loss(*both, ref_chosen, ref_rejected)[0].sum(), both)
+        chosen, rejected = (chosen - 0.1 * up).detach(), (rejected - 0.1 * down).detach()
+    return (chosen - ref_chosen) - (rejected - ref_rejected)
+
+
+def test_ipo_draws_the_gap_to_1_over_2_beta_from_both_sides():
+    """And there it stays, where DPO's grows on: slower and slower, but without end."""
+    beta, gaps = 0.4, [-3.0, 0.0, 1.25, 2.0, 9.0]
+    after = gaps_after(lambda *logps: ipo_loss(*logps, beta), 100, gaps)
+    assert torch.allclose(after, torch.full_like(after, 1 / (2 * beta)), atol=1e-12)
+    dpo = [gaps_after(lambda *logps: dpo_loss(*logps, beta), steps, gaps) for steps in (0, 100, 1000)]
+    assert (dpo[1] > dpo[0]).all() and (dpo[2] > dpo[1] + 0.5).all() and (dpo[2] > 1 / (2 * beta)).all()
+
+
+# ---------------------------------------------------------------- RPO
+
+def some_prompts(n, seed=0, size=5):
+    rng = random.Random(seed)
+    return [[rng.gauss(0, 3) for _ in range(size)] for _ in range(n)]
+
+
+def nearness(prompts, tau):
+    """RPO's weights as lists: row i is exp((cos(x_i, x_j) - 1) / tau) over its own sum."""
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))
+    rows = [[math.exp((dot(a, b) / math.sqrt(dot(a, a) * dot(b, b)) - 1) / tau) for b in prompts] for a in prompts]
+    return [[value / sum(row) for value in row] for row in rows]
+
+
+def test_rpo_is_what_a_loop_of_floats_says():
+    beta, tau, n = 0.37, 0.4, 7
+    rows, prompts = list(zip(*(some_logps(n, seed, -80, 0) for seed in range(4)))), some_prompts(n)
+    loss, up, down = rpo_loss(*tensors(*zip(*rows)), *tensors(prompts), beta, tau)
+    for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(rows):
+        mine, total = beta * (chosen - ref_chosen), 0.0
+        assert up[i].item() == pytest.approx(mine, abs=1e-12)
+        assert down[i].item() == pytest.approx(beta * (rejected - ref_rejected), abs=1e-12)
+        for weight, (_, other, _, ref_other) in zip(nearness(prompts, tau)[i], rows):
+            total -= logsigmoid(weight * (mine - beta * (other - ref_other)))
+        assert loss[i].item() == pytest.approx(total / n, rel=1e-12)
+
+
+def test_rpo_of_one_pair_is_dpo():
+    for i, row in enumerate(zip(*(some_logps(6, seed, -80, 0) for seed in range(4)))):
+        logps = tensors(*([value] for value in row))
+        one, dpo = rpo_loss(*logps, *tensors(some_prompts(1, i)), 0.37, 0.4), dpo_loss(*logps, 0.37)
+        assert all(torch.equal(a, b) for a, b in zip(one, dpo, strict=True))
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.5, 100.0])
+def test_each_row_of_rpos_weights_sums_to_1(tau):
+    """The weights as the gradient shows them: where policy and reference agree, dL_i / d log pi(y-_j) is beta w_ij / 2n."""
+    beta, n, prompts = 0.37, 6, some_prompts(6)
+    chosen, rejected = tensors(some_logps(n, 1), some_logps(n, 2))
+    slopes = torch.autograd.functional.jacobian(lambda x: rpo_loss(chosen, x, chosen, rejected, *tensors(prompts), beta, tau).value, rejected)
+    weights = slopes * 2 * n / beta
+    assert torch.allclose(weights.sum(1), torch.ones(n, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(weights, *tensors(nearness(prompts, tau)), atol=1e-12)
+    assert (weights.argmax(1) == torch.arange(n)).all(), "no prompt is nearer than one's own"
+    if tau == 100:
+        assert weights.std() < 0.01, "to a high temperature all prompts are alike"
+
+
+def test_a_prompt_that_comes_twice_weighs_as_much_as_ones_own():
+    prompts = some_prompts(4)
+    prompts[3] = [2.5 * x for x in prompts[1]]           # of the same direction: the cosine does not see lengths
+    zeros = torch.zeros(4, dtype=torch.float64)
+    slopes = torch.autograd.functional.jacobian(lambda x: rpo_loss(zeros, x, zeros, zeros, *tensors(prompts), 1.0, 0.3).value, zeros)
+    assert slopes[1, 3].item() == pytest.approx(slopes[1, 1].item(), rel=1e-12)
+    assert torch.allclose(slopes[1], slopes[3]) and slopes[0, 0] > 1.5 * slopes[0, 1]
+
+
+@pytest.mark.xfail(strict=True, reason="directions @ directions.T is a matrix product, which autocast rounds to bfloat16")
+def test_rpos_weights_are_float32_under_autocast():
+    logps, prompts = tensors(*(some_logps(8, seed, -120, -40) for seed in range(4)), dtype=torch.float32), some_prompts(8, size=256)
+    prompts, = tensors([[x + 3 for x in prompt] for prompt in prompts], dtype=torch.float32)
+    want = rpo_loss(*logps, prompts, 0.37, 0.1).value
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(rpo_loss(*logps, prompts, 0.37, 0.1).value, want, rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------- SimPO
+
+def test_simpo_is_what_a_loop_of_floats_says():
+    beta, gamma, rows = 2.3, 0.9, list(zip(some_logps(9, 1), some_logps(9, 2)))
+    loss, up, down = simpo_loss(*tensors(*zip(*rows)), beta, gamma)
+    for i, (chosen, rejected) in enumerate(rows):
+        assert (up[i].item(), down[i].item()) == pytest.approx((beta * chosen, beta * rejected), rel=1e-12)
+        assert loss[i].item() == pytest.approx(-logsigmoid(beta * chosen - beta * rejected - gamma), rel=1e-12)
+
+
+def test_simpo_asks_for_its_margin():
+    """A reward margin of gamma costs ln 2, as no margin does in DPO; more costs less."""
+    beta, gamma = 2.0, 1.2
+    rejected = torch.tensor([-2.0], dtype=torch.float64)
+    less, enough, more = (simpo_loss(rejected + (gamma + extra) / beta, rejected, beta, gamma).value.item() for extra in (-0.3, 0, 0.3))
+    assert enough == pytest.approx(math.log(2), abs=1e-15) and more < enough < less
 
 
 # ---------------------------------------------------------------- ORPO
@@ -293,22 +411,68 @@ def assert_same_gradient(ours, theirs):
         assert torch.allclose(p.grad, theirs[name].grad, atol=2e-5, rtol=1e-4), name
 
 
+def our_loss(tmp_path, policy, pairs, cfg, share=True):
+    """(loss, metrics) of these Pairs, averaged, its gradient on the policy, with the reference that `trl_setup` saved."""
+    batch, reference = collate(pairs, share, **scored_tokens(cfg)), None
+    if cfg.loss in losses.WITH_REFERENCE:
+        with torch.no_grad():
+            reference = score(load_pretrained(tmp_path / "reference"), batch)
+    loss, metrics = preference_loss(policy, batch, cfg, reference)
+    loss.mean().backward()
+    return loss.mean().item(), {name: value.mean().item() for name, value in metrics.items()}
+
+
+TRLS = {        # a loss of ours: what TRL's DPOTrainer calls it
+    "dpo": "sigmoid",
+    "ipo": "ipo"}
+
+
 @pytest.mark.parametrize("share", [True, False])
-def test_dpo_on_a_batch_is_trls(tmp_path, share):
+@pytest.mark.parametrize("name", TRLS)
+def test_a_loss_with_a_reference_is_trls(tmp_path, name, share):
     """From text on TRL's side: the same tokens, policy and reference give the same loss, rewards and gradient."""
-    trl, cfg = oracle("trl"), SAPOConfig(loss="dpo", beta=0.21)
-    trainer, policy, batch, pairs = trl_setup(tmp_path, trl.DPOTrainer, trl.DPOConfig, preference_rows(), beta=cfg.beta)
+    trl, cfg = oracle("trl"), SAPOConfig(loss=name, beta=0.21)
+    trainer, policy, batch, pairs = trl_setup(tmp_path, trl.DPOTrainer, trl.DPOConfig, preference_rows(), beta=cfg.beta, loss_type=TRLS[name])
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
-
-    batch = collate(pairs, share, **scored_tokens(cfg))
-    with torch.no_grad():
-        reference = score(load_pretrained(tmp_path / "reference"), batch)
-    loss, parts = preference_loss(policy, batch, cfg, reference)
-    loss.mean().backward()
-    assert loss.mean().item() == pytest.approx(theirs.item(), rel=1e-5) and abs(theirs.item() - math.log(2)) > 0.05
+    ours, parts = our_loss(tmp_path, policy, pairs, cfg, share)
+    assert ours == pytest.approx(theirs.item(), rel=1e-5)
     margin = trainer._metrics["eval"]["rewards/margins"][-1]      # TRL's rewards hold A, in both alike: only their gap compares
-    assert parts["rewards/margins"].mean().item() == pytest.approx(margin, rel=1e-4)
+    assert abs(margin) > 0.05, "the policy is not its own reference"
+    if name == "dpo":                                    # TRL's rewards are sums, whatever the loss
+        assert parts["rewards/margins"] == pytest.approx(margin, rel=1e-4)
+    assert_same_gradient(policy, trainer.model)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_dpo_with_an_nll_is_trls_sigmoid_and_sft(tmp_path, row):
+    """One pair, because TRL's sft is a mean over the batch's tokens and ours over each pair's."""
+    trl, cfg = oracle("trl"), SAPOConfig(loss="dpo", beta=0.21, nll=0.7)
+    trainer, policy, batch, pairs = trl_setup(tmp_path, trl.DPOTrainer, trl.DPOConfig, preference_rows()[row:row + 1], beta=cfg.beta,
+                                              loss_type=["sigmoid", "sft"], loss_weights=[1.0, cfg.nll])
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    ours, parts = our_loss(tmp_path, policy, pairs, cfg)
+    assert ours == pytest.approx(theirs.item(), rel=1e-5) and cfg.nll * parts["nll_loss"] > 0.5, "the NLL counts"
+    assert_same_gradient(policy, trainer.model)
+
+
+@pytest.mark.parametrize("name, ours, theirs", [
+    ("simpo", dict(beta=2.1, gamma=0.8), dict(beta=2.1, simpo_gamma=0.8)),
+    ("hinge", dict(loss="slic", delta=1.0, lam=0.0), dict(beta=1.0))])
+def test_a_loss_without_a_reference_is_trls(tmp_path, name, ours, theirs):
+    """TRL's CPOTrainer holds SimPO and, as `hinge`, SLiC's loss of a pair. It takes sums of A too, which cancel."""
+    oracle("trl")
+    cpo, cfg = oracle("trl.experimental.cpo"), SAPOConfig(**{"loss": name} | ours)
+    trainer, policy, batch, pairs = trl_setup(tmp_path, cpo.CPOTrainer, cpo.CPOConfig, preference_rows(), loss_type=name, cpo_alpha=0.0, **theirs)
+    loss, logged = trainer.get_batch_loss_metrics(trainer.model, batch)
+    loss.backward()
+    ours, parts = our_loss(tmp_path, policy, pairs, cfg)
+    assert ours == pytest.approx(loss.item(), rel=1e-5) and ours > 0.05
+    names = ("rewards/margins", "rewards/accuracies") + (("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected") if name == "simpo" else ())
+    for name in names:
+        assert parts[name] == pytest.approx(logged[name], rel=1e-4, abs=1e-6), name
+    assert 0 < parts["rewards/accuracies"] < 1
     assert_same_gradient(policy, trainer.model)
 
 
@@ -332,9 +496,8 @@ def test_orpo_on_one_pair_is_trls(tmp_path, row):
     theirs, logged = trainer.get_batch_loss_metrics(trainer.model, batch)
     theirs.backward()
 
-    loss, parts = preference_loss(policy, collate(pairs, **scored_tokens(cfg)), cfg)
-    loss.mean().backward()
-    assert loss.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours, parts = our_loss(tmp_path, policy, pairs, cfg)
+    assert ours == pytest.approx(theirs.item(), rel=1e-5)
     for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen"):
-        assert parts[name].item() == pytest.approx(logged[name], rel=1e-4, abs=1e-6), name
+        assert parts[name] == pytest.approx(logged[name], rel=1e-4, abs=1e-6), name
     assert_same_gradient(policy, trainer.model)

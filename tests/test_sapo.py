@@ -23,7 +23,7 @@ import losses
 import sapo
 from buffer import Pair, ReplayBuffer, collate
 from conftest import NUMBERS, ROOT, fits, make_pairs, small_model
-from losses import IGNORE, preference_loss, score, scored_tokens
+from losses import IGNORE, LOSSES, preference_loss, score, scored_tokens
 from machine.folders import load_pretrained, save_pretrained
 from model import add_lora, generate, own_parameters, twin
 from sapo import Example, SAPOConfig, State, accumulate_gradient, ema_update, named_moments, sapo_step, split
@@ -32,7 +32,12 @@ VOCAB, EOS = NUMBERS["vocab_size"], 2
 ENDS = (EOS, 44)                                             # more than one token may end an answer
 WAYS = [dict(loss="dpo", score_on="response"), dict(loss="dpo", score_on="segment")] + [
     dict(loss=loss, score_on=s, nll_on=n) for loss in ("orpo", "slic") for s in ("response", "segment") for n in ("response", "prompt+response")]
-NAMES = ["-".join(way.values()) for way in WAYS]
+WAYS += [dict(loss=loss, score_on=s) for loss in ("ipo", "rpo", "simpo") for s in ("response", "segment")] + [
+    dict(zip(("loss", "score_on", "nll_on", "nll"), way)) for way in (
+        ("dpo", "response", "response", 0.6), ("ipo", "segment", "prompt+response", 0.6), ("rpo", "response", "prompt+response", 0.6),
+        ("simpo", "segment", "response", 0.6), ("orpo", "response", "prompt+response", 0.6), ("slic", "segment", "response", 0.6))]
+ALONE = [way for way in WAYS if way["loss"] != "rpo"]        # a pair's loss does not depend on the other pairs
+NAMES, ALONE_NAMES = (["-".join(map(str, way.values())) for way in ways] for ways in (WAYS, ALONE))
 
 
 def tokens(rng, n):
@@ -49,7 +54,7 @@ def examples(n, seed=0, longest=11):
 
 def settings(**change):
     """A SAPOConfig far from its defaults."""
-    return SAPOConfig(**{**dict(beta=0.37, lam=0.23, delta=2.9, batch_size=4, micro_batch=3, segment="4", alpha=0.3, ema_every="3", buffer_size=50,
+    return SAPOConfig(**{**dict(beta=0.37, lam=0.23, delta=2.9, gamma=0.8, tau=0.6, batch_size=4, micro_batch=3, segment="4", alpha=0.3, ema_every="3", buffer_size=50,
                                 ref_refresh="never", temperature=1.3, top_k=0, top_p=1.0, max_grad_norm=0.0), **change})
 
 
@@ -104,21 +109,49 @@ def logps_by_hand(model, text, first, last):
     return [logits[t - 1].log_softmax(-1)[text[t]] for t in range(first, last)]
 
 
-def by_hand(model, pair, cfg, reference=None):
-    """The loss of one pair in plain arithmetic: one text at a time, a loop over its tokens, all of the response counted."""
-    x = len(pair.prompt)
-    ends = (pair.stop, pair.rejected_stop) if cfg.score_on == "segment" else (len(pair.chosen), len(pair.rejected))
-    first = x + (pair.start if cfg.score_on == "segment" else 0)
-    chosen, rejected = ((pair.prompt + y, first, x + end) for y, end in zip((pair.chosen, pair.rejected), ends))
-    gap = lambda m: sum(logps_by_hand(m, *chosen)) - sum(logps_by_hand(m, *rejected))
-    if cfg.loss == "dpo":
-        return -torch.log(torch.sigmoid(cfg.beta * (gap(model) - gap(reference))))
+def by_hand(model, pairs, cfg, reference=None):
+    """The losses of a micro-batch in plain arithmetic, from the papers: one text at a time, a loop over its tokens, all of the response counted."""
     mean = lambda values: sum(values) / len(values)
-    logps = logps_by_hand(model, pair.prompt + pair.chosen, x if cfg.nll_on == "response" else 1, x + len(pair.chosen))
-    if cfg.loss == "slic":
-        return torch.clamp(cfg.delta - gap(model), min=0) - cfg.lam * sum(logps)
-    p, q = (mean(logps_by_hand(model, *side)).exp() for side in (chosen, rejected))
-    return -mean(logps) - cfg.lam * torch.log(torch.sigmoid(torch.log((p / (1 - p)) / (q / (1 - q)))))
+    minus_log_sigmoid = lambda x: -torch.log(torch.sigmoid(x))
+    said, refs, nlls, losses = [], [], [], []
+    for p in pairs:
+        x = len(p.prompt)
+        first = x + (p.start if cfg.score_on == "segment" else 0)
+        ends = (p.stop, p.rejected_stop) if cfg.score_on == "segment" else (len(p.chosen), len(p.rejected))
+        sides = [(p.prompt + y, first, x + end) for y, end in zip((p.chosen, p.rejected), ends)]
+        said.append([logps_by_hand(model, *side) for side in sides])
+        refs.append([logps_by_hand(reference, *side) for side in sides] if cfg.loss in ("dpo", "ipo", "rpo") else ())
+        nlls.append([-logp for logp in logps_by_hand(model, p.prompt + p.chosen, x if cfg.nll_on == "response" else 1, x + len(p.chosen))])
+    for (up, down), ref, nll, pair in zip(said, refs, nlls, pairs):
+        if cfg.loss == "dpo":
+            loss = minus_log_sigmoid(cfg.beta * (sum(up) - sum(ref[0]) - (sum(down) - sum(ref[1]))))
+        elif cfg.loss == "ipo":
+            loss = (mean(up) - mean(ref[0]) - (mean(down) - mean(ref[1])) - 1 / (2 * cfg.beta)) ** 2
+        elif cfg.loss == "rpo":
+            near, loss = [math.exp((cosine(reference, pair, other) - 1) / cfg.tau) for other in pairs], 0
+            for w, (_, theirs), (_, ref_theirs) in zip(near, said, refs):
+                loss += minus_log_sigmoid(w / sum(near) * cfg.beta * (sum(up) - sum(ref[0]) - (sum(theirs) - sum(ref_theirs)))) / len(pairs)
+        elif cfg.loss == "simpo":
+            loss = minus_log_sigmoid(cfg.beta * mean(up) - cfg.beta * mean(down) - cfg.gamma)
+        elif cfg.loss == "slic":
+            loss = torch.clamp(cfg.delta - sum(up) + sum(down), min=0) + cfg.lam * sum(nll)
+        elif cfg.loss == "orpo":
+            p, q = mean(up).exp(), mean(down).exp()
+            loss = mean(nll) + cfg.lam * minus_log_sigmoid(torch.log((p / (1 - p)) / (q / (1 - q))))
+        losses.append(loss + cfg.nll * mean(nll))
+    return torch.stack(losses)
+
+
+def prompt_by_hand(model, pair):
+    """The mean of the embeddings of a prompt's tokens, as floats."""
+    rows = model.model.embed_tokens.weight.tolist()
+    return [sum(rows[t][d] for t in pair.prompt) / len(pair.prompt) for d in range(len(rows[0]))]
+
+
+def cosine(model, pair, other):
+    a, b = prompt_by_hand(model, pair), prompt_by_hand(model, other)
+    dot = lambda u, v: sum(x * y for x, y in zip(u, v, strict=True))
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
 
 
 def gradient(model, loss):
@@ -129,10 +162,13 @@ def gradient(model, loss):
 
 def losses_of(model, pairs, cfg, reference=None, share=True):
     """(losses, metrics) of pairs as one Batch, through collate, score and preference_loss."""
-    options = scored_tokens(cfg)
-    with torch.no_grad():
-        scores = score(reference, collate(pairs, **options)) if cfg.loss == "dpo" else None
-    return preference_loss(model, collate(pairs, share=share, **options), cfg, scores)
+    options, scores, prompts = scored_tokens(cfg), None, None
+    if cfg.loss in losses.WITH_REFERENCE:
+        with torch.no_grad():
+            scores = score(reference, collate(pairs, **options))
+    if cfg.loss == "rpo":
+        prompts = torch.tensor([prompt_by_hand(reference, p) for p in pairs], dtype=torch.float64)
+    return preference_loss(model, collate(pairs, share=share, **options), cfg, scores, prompts)
 
 
 def watch(monkeypatch, owner, name):
@@ -438,9 +474,13 @@ def test_training_uses_the_drawn_pairs_not_the_fresh_ones(monkeypatch):
 def test_losses_and_gradients_are_those_of_a_loop_over_tokens(way):
     cfg, model, reference, pairs = settings(**way), small_model(0), small_model(2), list(kinds().values())
     loss, _ = losses_of(model, pairs, cfg, reference)
-    want = torch.stack([by_hand(model, p, cfg, reference) for p in pairs])
+    want = by_hand(model, pairs, cfg, reference)
     assert close(loss, want, 1e-10)
     assert close(gradient(model, loss), gradient(model, want), 1e-10)
+
+
+def test_each_loss_has_its_loop():
+    assert {way["loss"] for way in WAYS} == {way["loss"] for way in WAYS if way.get("nll")} == set(LOSSES), "add it to WAYS and to by_hand"
 
 
 @pytest.mark.parametrize("way", WAYS, ids=NAMES)
@@ -453,7 +493,7 @@ def test_a_shared_prefix_equals_two_plain_rows(way):
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["prefix", "plain"])
-@pytest.mark.parametrize("way", WAYS[::3], ids=NAMES[::3])
+@pytest.mark.parametrize("way", WAYS[:10:3], ids=NAMES[:10:3])
 def test_recomputing_blocks_and_head_changes_nothing(way, share, monkeypatch):
     cfg, model, reference, pairs = settings(**way), small_model(0), small_model(2), list(kinds().values())
     want, _ = losses_of(model, pairs, cfg, reference, share)
@@ -477,7 +517,7 @@ def test_one_side_is_the_chosen_rows_of_two():
         assert torch.equal(mine, theirs[:len(pairs), :width])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=NAMES)
+@pytest.mark.parametrize("way", ALONE, ids=ALONE_NAMES)
 def test_padding_changes_no_loss(way):
     cfg, model, reference, pairs = settings(**way), small_model(0), small_model(2), list(kinds().values())
     rng = np.random.default_rng(4)
@@ -594,7 +634,7 @@ def test_the_gap_is_that_of_the_segments_and_that_of_the_seam(way, share):
     assert moved > 3 if cfg.score_on == "response" else moved == 0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo", "slic"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_margins_and_accuracies_compare_chosen_with_rejected(loss):
     _, m = losses_of(small_model(0), list(kinds().values()), settings(loss=loss), small_model(2))
     assert close(m["rewards/margins"], m["rewards/chosen"] - m["rewards/rejected"], 0)
@@ -628,7 +668,7 @@ def test_orpo_is_finite_where_chosen_and_rejected_agree(loudness):
     assert (loss - losses_of(model, [p], settings(loss="orpo", lam=0.0))[0]).item() == pytest.approx(cfg.lam * math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=NAMES)
+@pytest.mark.parametrize("way", ALONE, ids=ALONE_NAMES)
 def test_one_micro_batch_equals_four(way):
     pairs, results = list(kinds().values()), []
     for size in (len(pairs), 4):                             # 14 pairs: 4, 4, 4 and 2
@@ -642,6 +682,66 @@ def test_one_micro_batch_equals_four(way):
             p.ref_version = -1
     (one, a), (four, b) = results
     assert close(one, four, 1e-12) and a.pop("bad_rows") == b.pop("bad_rows") and a == pytest.approx(b, abs=1e-12)
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+def test_rpo_compares_within_a_micro_batch():
+    """The one loss to which micro-batches matter: each y+ meets the y- of its own micro-batch, and where that is one pair it is DPO."""
+    pairs, gradients = list(kinds().values()), {}
+    order = sorted(pairs, key=lambda p: len(p.prompt + p.chosen + p.rejected))
+    for size in (len(pairs), 4, 1):
+        cfg = settings(loss="rpo", micro_batch=size)
+        state = start(cfg)
+        metrics = accumulate_gradient(state, pairs, cfg)
+        want = torch.cat([by_hand(state.policy, order[i:i + size], cfg, state.reference) for i in range(0, len(pairs), size)])
+        gradients[size] = torch.cat([p.grad.flatten() for p in state.policy.parameters()])
+        assert metrics["loss"] == pytest.approx(want.mean().item(), rel=1e-6)
+        assert relative(gradients[size], gradient(state.policy, want) / len(pairs)) < 1e-6     # prompt_vectors are float32
+    assert relative(gradients[4], gradients[len(pairs)]) > 0.1
+    cfg = settings(loss="dpo")
+    state = start(cfg)
+    accumulate_gradient(state, pairs, cfg)
+    assert relative(gradients[1], torch.cat([p.grad.flatten() for p in state.policy.parameters()])) < 1e-12
+
+
+def test_a_prompts_vector_is_the_mean_of_the_references_embeddings():
+    pairs, model = list(kinds().values()), small_model(2)
+    vectors = sapo.prompt_vectors(model, pairs)
+    assert vectors.shape == (len(pairs), NUMBERS["hidden_size"]) and not vectors.requires_grad
+    assert close(vectors, [prompt_by_hand(model, p) for p in pairs], 1e-6)
+    assert sapo.prompt_vectors(small_model(2, torch.bfloat16), pairs).dtype == torch.float32
+    one = next(p for p in pairs if len(p.prompt) == 1)
+    assert close(sapo.prompt_vectors(model, [one])[0], model.model.embed_tokens.weight[one.prompt[0]].detach(), 1e-6)
+
+
+def displaced():
+    """A pair of which DPO, by its first-order effect, lowers both texts: y+ is what the model says anyway, and y- is that but for one token."""
+    model, rng = small_model(0), np.random.default_rng(223)
+    prompt = tokens(rng, 3)
+    text = list(prompt)
+    for _ in range(6):
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    chosen, at = text[3:], int(rng.integers(1, 5))
+    return Pair(prompt, chosen, chosen[:at] + tokens(rng, 1) + chosen[at + 1:])
+
+
+@pytest.mark.parametrize("nll, rises", [(0.0, False), (1.0, True)])
+def test_an_nll_raises_y_plus_where_dpo_alone_lowers_both(nll, rises):
+    """DPO asks for a larger gap, which two falling texts give as well (likelihood displacement); the NLL asks for y+ itself."""
+    model, pair, size = small_model(0), displaced(), 1e-8
+    both = lambda: [sum(logps_by_hand(model, pair.prompt + y, 3, 9)) for y in (pair.chosen, pair.rejected)]
+    step = -gradient(model, losses_of(model, [pair], settings(nll=nll), twin(model))[0])
+    before = both()
+    slopes = [(gradient(model, logp) @ step).item() for logp in before]
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach() + size * step
+    torch.nn.utils.vector_to_parameters(moved, model.parameters())
+    up, down = ((new - old).item() / size for new, old in zip(both(), before))
+    assert (up, down) == pytest.approx(slopes, rel=0.01), "a small step does what the gradient says"
+    assert up > down and abs(up) > 100
+    assert up > 0 if rises else 0 > up
 
 
 def test_the_gradient_is_that_of_the_mean_loss():
@@ -677,7 +777,7 @@ def test_the_policy_moves_against_the_gradient_no_farther_than_the_clip_allows(l
     assert close(moved, -0.7 * grad, 1e-12)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo", "slic"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_few_steps_on_the_same_pairs_lower_the_loss(loss):
     cfg = settings(loss=loss, batch_size=8, buffer_size=8, rejected="data")
     state = start(cfg)
@@ -701,7 +801,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_seen():
     assert weights(state.policy).isfinite().all() and not torch.equal(policy, weights(state.policy))
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo", "slic"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_rows_whose_loss_is_not_finite_are_named(loss):
     cfg, pairs = settings(loss=loss), [p for k, p in kinds().items() if k != "one token against another"]
     state = start(cfg)
@@ -713,6 +813,17 @@ def test_rows_whose_loss_is_not_finite_are_named(loss):
         state.policy.model.embed_tokens.weight[60] = math.nan
     assert set(accumulate_gradient(state, pairs, cfg)["bad_rows"]) == bad
     assert accumulate_gradient(start(cfg), pairs, cfg)["bad_rows"] == []
+
+
+@pytest.mark.xfail(strict=True, reason="bad_rows looks at the losses, and in RPO a y- is part of every loss of its micro-batch")
+def test_rpo_names_the_row_that_is_not_finite_and_not_the_rows_it_was_compared_with():
+    cfg, pairs = settings(loss="rpo", micro_batch=20), [p for k, p in kinds().items() if k != "one token against another"]
+    state = start(cfg)
+    pairs[3].rejected[-2] = 60
+    assert [p.row for p in pairs if 60 in p.prompt + p.chosen[:-1] + p.rejected[:-1]] == [pairs[3].row]
+    with torch.no_grad():
+        state.policy.model.embed_tokens.weight[60] = math.nan
+    assert accumulate_gradient(state, pairs, cfg)["bad_rows"] == [pairs[3].row]
 
 
 # ------------------------------------------------------------------------------------------------ [9] the EMA
@@ -848,13 +959,19 @@ def test_at_the_start_ema_and_reference_are_copies_of_the_policy_that_do_not_tra
     assert (state.optimizer.defaults["lr"], state.optimizer.defaults["weight_decay"]) == (0.004, 0.0)
 
 
-@pytest.mark.parametrize("loss", ["orpo", "slic"])
-def test_orpo_and_slic_have_no_reference(loss):
-    cfg = settings(loss=loss)
-    state = start(cfg)
-    metrics = sapo_step(state, stream(examples(9)), cfg)
-    assert state.reference is None and all(p.ref_version == -1 for p in state.buffer.pairs)
-    assert "nll_loss" in metrics and math.isfinite(metrics["loss"])
+@pytest.mark.parametrize("nll", [0.0, 0.6])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_with_each_loss_is_finite_and_only_dpo_ipo_and_rpo_have_a_reference(loss, nll):
+    cfg = settings(loss=loss, nll=nll)
+    state, draw = start(cfg), stream(examples(20))
+    before = weights(state.policy)
+    for _ in range(3):
+        metrics = sapo_step(state, draw, cfg)
+        assert all(math.isfinite(v) for k, v in metrics.items() if k != "bad_rows") and not metrics["bad_rows"]
+    assert weights(state.policy).isfinite().all() and not torch.equal(before, weights(state.policy))
+    asked = loss in ("dpo", "ipo", "rpo")
+    assert (state.reference is not None) == asked == any(p.ref_version == 0 for p in state.buffer.pairs)
+    assert ("nll_loss" in metrics) == (loss in ("orpo", "slic") or nll > 0)
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -1060,7 +1177,8 @@ def test_metrics_have_the_names_that_trl_users_know():
     common = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected",
               "pairs/identical", "pairs/segment_gap", "pairs/seam_gap", "buffer/size", "buffer/staleness", "buffer/uses", "gen/eos_fraction", "gen/tokens_per_second", "ema/distance",
               "time/generate", "time/train", "bad_rows"}
-    for loss, more in (("dpo", set()), ("orpo", {"nll_loss", "log_odds_ratio"}), ("slic", {"nll_loss"})):
+    for loss, more in (("dpo", set()), ("orpo", {"nll_loss", "log_odds_ratio"}), ("slic", {"nll_loss"}),
+                       ("ipo", set()), ("rpo", set()), ("simpo", set())):
         cfg = settings(loss=loss, ema_every="1")
         metrics = sapo_step(start(cfg), stream(examples(9)), cfg)
         assert common | more <= set(metrics)
