@@ -66,7 +66,8 @@ def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, prompts, beta, tau):
     chosen_rewards = beta * (chosen - ref_chosen)
     rejected_rewards = beta * (rejected - ref_rejected)
     directions = F.normalize(prompts, dim=-1)                              # (n, D)
-    weights = ((directions @ directions.T - 1) / tau).softmax(-1)          # (n, n)
+    cosines = (directions[:, None] * directions).sum(-1)                   # (n, n); no product: autocast rounds
+    weights = ((cosines - 1) / tau).softmax(-1)                            # (n, n)
     gaps = chosen_rewards[:, None] - rejected_rewards                      # (n, n)
     return Loss(-F.logsigmoid(weights * gaps).mean(1), chosen_rewards, rejected_rewards)
 

@@ -17,7 +17,7 @@
     D                draw(n) -> n Examples                      a function of the caller's
     theta            State.policy                               Transformer, float32
     theta_ema        State.ema                                  Transformer, float32, never trained
-    pi_ref           State.reference                            Transformer (DPO only)
+    pi_ref           State.reference                            Transformer (DPO, IPO, RPO)
     alpha, k         SAPOConfig.alpha, .ema_every
     beta, lambda     SAPOConfig.beta, .lam
     buffer           State.buffer                               ReplayBuffer of Pairs
@@ -92,7 +92,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     if math.isfinite(norm) and is_due(cfg.ema_every, state):
         metrics["ema/distance"] = ema_update(state.ema, state.policy, cfg.alpha)               # [9]
         copy_parameters(state.generator, state.ema)
-    if state.reference is not None and is_due(cfg.ref_refresh, state):     # DPO only
+    if state.reference is not None and is_due(cfg.ref_refresh, state):     # DPO and its kin
         copy_parameters(state.reference, state.ema if cfg.ref_from == "ema" else state.policy)
         state.ref_version += 1
     state.clock.lap("ema")
@@ -218,7 +218,8 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
             state.clock.lap("forward")
             (loss.sum() / len(pairs)).backward()
         values.append(torch.stack([loss, *metrics.values()]).detach())     # (metrics, pairs)
-        bad_rows += [p.row for p, ok in zip(part, loss.isfinite().tolist()) if not ok]
+        sound = values[-1][1:].isfinite().all(0).tolist()     # RPO's losses mix pairs, metrics do not
+        bad_rows += [p.row for p, ok in zip(part, sound) if not ok]
         state.clock.lap("backward")
     means = torch.cat(values, 1).mean(1).tolist()
     return dict(zip(["loss", *metrics], means)) | {"bad_rows": bad_rows}
@@ -248,8 +249,9 @@ def reference_scores(state, pairs, batch):
 @torch.no_grad()
 def prompt_vectors(model, pairs):
     """(n, D): the mean of the token embeddings of each pair's prompt, which RPO compares."""
-    embedding = unshard(model.model.embed_tokens.weight).float()
-    return torch.stack([embedding[p.prompt].mean(0) for p in pairs])
+    embedding = unshard(model.model.embed_tokens.weight)
+    wide = torch.promote_types(embedding.dtype, torch.float32)
+    return torch.stack([embedding[p.prompt].to(wide).mean(0) for p in pairs])
 
 
 def optimizer_step(optimizer, policy, max_grad_norm):
@@ -367,7 +369,7 @@ class SAPOConfig:
     tau: float = setting(0.5, "RPO: how near prompts must be to be compared", "RPO", low=1e-6)
     nll: float = setting(0.0, "weight of an NLL of y+ (per token) beside any loss; dpo: dpo+sft")
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
-    micro_batch: int = setting(8, "pairs per forward pass; the result does not depend on it", low=1)
+    micro_batch: int = setting(8, "pairs per forward pass; only RPO's result depends on it", low=1)
     segment: str = setting(
         "256", "B: tokens, a share of the response (50%), or one whole sentence or line", "paper",
         pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%|{'|'.join(PIECES)}",
@@ -385,7 +387,7 @@ class SAPOConfig:
     replay: str = setting("uniform", "draws from the buffer; inverse-count: by 1 / (uses + 1)",
                           "paper; the other: authors' code", choices=("uniform", "inverse-count"))
     ref_refresh: str = setting(
-        "epoch", "steps between refreshes of DPO's reference, 'epoch' or 'never'", "authors' code",
+        "epoch", "steps between refreshes of the reference, 'epoch' or 'never'", "authors' code",
         pattern=f"{STEPS}|epoch|never", form="a number of steps, epoch or never")
     ref_from: str = setting("ema", "what a refreshed reference copies", "authors' code",
                             choices=("ema", "policy"))
@@ -393,7 +395,7 @@ class SAPOConfig:
                             choices=("sapo", "data"))
     score_on: str = setting("response", "tokens the loss compares", "paper",
                             choices=("response", "segment"))
-    nll_on: str = setting("response", "tokens of ORPO's NLL term", "paper",
+    nll_on: str = setting("response", "tokens of the NLL term", "paper",
                           choices=("response", "prompt+response"))
     eos_in_segment: str = setting("stop", "an end token in B' ends y-, or is never sampled",
                                   "authors' code", choices=("stop", "ban"))
@@ -412,7 +414,7 @@ class State:
     policy: torch.nn.Module                 # theta, perhaps wrapped by DDP
     ema: torch.nn.Module                    # theta_ema, float32, not wrapped
     generator: torch.nn.Module              # generates B': the EMA, or its whole or bfloat16 copy
-    reference: torch.nn.Module | None       # DPO's pi_ref
+    reference: torch.nn.Module | None       # pi_ref, where the loss has one
     optimizer: torch.optim.Optimizer
     buffer: ReplayBuffer
     cut_rng: np.random.Generator            # where y+ is cut

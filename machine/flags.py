@@ -185,6 +185,8 @@ def checked(cfg):
              "--lora with --from-scratch: an adapter on random weights learns nothing of use"),
             (cfg.after == "rewrite" and cfg.eos_in_segment == "ban",
              "--after rewrite with --eos-in-segment ban: what the generator writes would never end"),
+            (cfg.loss == "rpo" and cfg.micro_batch < 2,
+             "--loss rpo compares the pairs of a micro-batch, and --micro-batch 1 leaves none; raise it"),
             (cfg.lora and cfg.shard,
              "--lora with --shard is not implemented: adapters are small; use torchrun without --shard"),
             (cfg.shard and "RANK" not in os.environ,
