@@ -66,7 +66,7 @@ def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, prompts, beta, tau):
     chosen_rewards = beta * (chosen - ref_chosen)
     rejected_rewards = beta * (rejected - ref_rejected)
     directions = F.normalize(prompts, dim=-1)                              # (n, D)
-    cosines = (directions[:, None] * directions).sum(-1)                   # (n, n); no product: autocast rounds
+    cosines = (directions[:, None] * directions).sum(-1)           # (n, n); @ would be autocast
     weights = ((cosines - 1) / tau).softmax(-1)                            # (n, n)
     gaps = chosen_rewards[:, None] - rejected_rewards                      # (n, n)
     return Loss(-F.logsigmoid(weights * gaps).mean(1), chosen_rewards, rejected_rewards)

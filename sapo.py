@@ -197,7 +197,7 @@ def steps_ahead(state, cfg):
 # --------------------------------------------------------------------- training
 def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
     """[7]: the gradient of the mean loss over `pairs`, in micro-batches formed by length. Returns
-    metrics. The mean is over all pairs, so the number of micro-batches does not change it."""
+    metrics. The mean is over all pairs, so micro-batches do not change it, RPO's aside."""
     order = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
     parts = [order[i:i + cfg.micro_batch] for i in range(0, len(order), cfg.micro_batch)]
     device = next(state.policy.parameters()).device
@@ -218,8 +218,8 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
             state.clock.lap("forward")
             (loss.sum() / len(pairs)).backward()
         values.append(torch.stack([loss, *metrics.values()]).detach())     # (metrics, pairs)
-        sound = values[-1][1:].isfinite().all(0).tolist()     # RPO's losses mix pairs, metrics do not
-        bad_rows += [p.row for p, ok in zip(part, sound) if not ok]
+        own = values[-1][1:] if cfg.loss == "rpo" else values[-1][:1]      # RPO's losses mix pairs
+        bad_rows += [p.row for p, ok in zip(part, own.isfinite().all(0).tolist()) if not ok]
         state.clock.lap("backward")
     means = torch.cat(values, 1).mean(1).tolist()
     return dict(zip(["loss", *metrics], means)) | {"bad_rows": bad_rows}

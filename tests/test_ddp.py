@@ -164,7 +164,8 @@ def three_steps(way, loss, dtype, micro_batch, world):
     draw, result = Draw(rows, PAIRS, 0, world), {}
     for step in range(3):
         metrics = world.mean(sapo_step(state, draw, cfg))
-        metrics["buffer/size"] *= world.size             # as train.py has it: of all processes together
+        for key in ("buffer/size", "gen/tokens", "train/tokens"):        # as train.py has it: of all processes together
+            metrics[key] *= world.size
         result |= {f"gradient {step} {k}": unshard(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
         result[f"metrics {step}"] = torch.tensor([v for k, v in sorted(metrics.items()) if isinstance(v, float) and not k.startswith("time/")], dtype=torch.float64)
     for name, m in (("weights", model), ("ema", state.ema), *([("reference", state.reference)] if state.reference else [])):

@@ -177,7 +177,6 @@ def test_a_prompt_that_comes_twice_weighs_as_much_as_ones_own():
     assert torch.allclose(slopes[1], slopes[3]) and slopes[0, 0] > 1.5 * slopes[0, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="directions @ directions.T is a matrix product, which autocast rounds to bfloat16")
 def test_rpos_weights_are_float32_under_autocast():
     logps, prompts = tensors(*(some_logps(8, seed, -120, -40) for seed in range(4)), dtype=torch.float32), some_prompts(8, size=256)
     prompts, = tensors([[x + 3 for x in prompt] for prompt in prompts], dtype=torch.float32)

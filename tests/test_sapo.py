@@ -815,7 +815,6 @@ def test_rows_whose_loss_is_not_finite_are_named(loss):
     assert accumulate_gradient(start(cfg), pairs, cfg)["bad_rows"] == []
 
 
-@pytest.mark.xfail(strict=True, reason="bad_rows looks at the losses, and in RPO a y- is part of every loss of its micro-batch")
 def test_rpo_names_the_row_that_is_not_finite_and_not_the_rows_it_was_compared_with():
     cfg, pairs = settings(loss="rpo", micro_batch=20), [p for k, p in kinds().items() if k != "one token against another"]
     state = start(cfg)

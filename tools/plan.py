@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from losses import KEPT, LOGITS
+from losses import KEPT, LOGITS, LOSSES, WITH_REFERENCE
 from machine.files import BadInput, read_json
 from machine.flags import PRESETS, Config
 from machine.config import config_from_dict
@@ -98,7 +98,7 @@ def standing(config, mode, job):
         "weights": weights, "gradients": 4 * sum(trained),               # DDP's buckets are the gradients
         "moments": {"adamw": 2, "rmsprop": 1}[job.optimizer] * 4 * sum(trained) + 4 * len(trained),  # and step counts
         "EMA": twin, "generator": half * whole if copied else 0,
-        "reference": twin if job.loss == "dpo" else 0}
+        "reference": twin if job.loss in WITH_REFERENCE else 0}
 
 
 # ---------------------------------------------------------------- what comes and goes
@@ -269,7 +269,7 @@ def main(argv=None):
     parser.add_argument("model", nargs="?", help="config.json, or the folder it is in")
     parser.add_argument("--table", action="store_true", help="7 B and 8 B on three machines")
     parser.add_argument("--gpu-memory", type=float, default=80, help="GB (1e9 bytes) of one GPU [80]")
-    parser.add_argument("--loss", choices=("dpo", "orpo"), default="dpo")
+    parser.add_argument("--loss", choices=tuple(LOSSES), default="dpo")
     parser.add_argument("--optimizer", choices=("adamw", "rmsprop"), help="[that of the loss's paper preset]")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--max-length", type=int, help="[min(2048, the model's context)]")
