@@ -42,7 +42,7 @@ class Mutant(NamedTuple):
 
 
 STATIONS = ("1 segment", "2 shift and sum/mean", "3 buffer", "4 which way alpha points", "5 who generates B'", "6 collapsing curves")
-LOSSES, BUFFER, MODEL, LORA, SAPO = (f"tests/test_{name}.py::test_" for name in ("losses", "buffer", "model", "lora", "sapo"))
+LOSSES, BUFFER, MODEL, LORA, SAPO, PPO = (f"tests/test_{name}.py::test_" for name in ("losses", "buffer", "model", "lora", "sapo", "ppo"))
 
 MUTANTS = [
     # ------------------------------------------------------------------------------------------------ losses.py
@@ -408,6 +408,16 @@ MUTANTS = [
            "loss.value + cfg.nll * scores.mean_nll if cfg.nll",
            "loss.value + cfg.nll * scores.nll if cfg.nll",
            SAPO + "losses_and_gradients_are_those_of_a_loop_over_tokens[dpo-response-response-0.6]"),
+
+    # ------------------------------------------------------------------------------------------------ tools/ppo.py
+    Mutant("PPO's ratio is not clipped", "tools/ppo.py",
+           "return torch.minimum(free, clipped), clipped < free",
+           "return free, clipped < free",
+           PPO + "one_batch_moves_its_answers_only_so_far_however_many_epochs"),
+    Mutant("PPO has no baseline", "tools/ppo.py",
+           "return (rewards - rewards.mean(1, keepdim=True)) / (",
+           "return rewards / (",
+           PPO + "a_toy_reward_is_learned_whatever_its_level"),
 ]
 
 HOMEWORK = [        # (file, function, what is to be written)

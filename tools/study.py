@@ -196,6 +196,14 @@ def work(job):
     return 0
 
 
+def base_model(seed, sft_steps=500, out=ROOT / "runs/study"):
+    """The model folder of a seed's base where the study has it, made if it is not there."""
+    folder = out / f"base-{sft_steps}-seed-{seed}"
+    if work({"folder": folder, "base": folder, "flags": base_flags(seed, sft_steps), "split": None}):
+        raise Failed(f"{folder} was not made")
+    return folder / "model"
+
+
 def peak_memory():
     """MiB this process has held at most, all libraries included; None on Windows."""
     with suppress(ImportError):
@@ -224,19 +232,33 @@ def measure(folder, base, split, seed, rows=None):
     at temperature 1: distinct-2, two-word sequences that differ, of all; repeated, answers whose wording (facts
     blanked) another has as well; length, in tokens.
     """
-    cfg = parse([*QUIET, "--seed", str(seed)]).cfg
-    model = load_pretrained(folder)
-    text = Text(companions(folder), folder, model.config)
-    data = Data(read_rows(ROOT / "data" / f"tiny_{split}.jsonl")[:rows], text, cfg, split)
+    model, text, cfg = opened(folder, seed)
+    data = rows_of(split, text, cfg, rows)
     segment = against(base, cfg, split, data, text)
     whole = against(base, parse([*QUIET, "--seed", str(seed), *WHOLE.split()]).cfg, split, data, text)
-    evaluation = Listening(data, segment, cfg, text)
+    return judged(model, data, segment, cfg, text) | {"ranking_accuracy/whole": ahead(model, whole)}
+
+
+def opened(folder, seed):
+    """(model, Text, Config) of a model folder and a seed."""
+    model = load_pretrained(folder)
+    return model, Text(companions(folder), folder, model.config), parse([*QUIET, "--seed", str(seed)]).cfg
+
+
+def rows_of(split, text, cfg, rows=None):
+    """The first rows of the tiny world's split, or all, as Data."""
+    return Data(read_rows(ROOT / "data" / f"tiny_{split}.jsonl")[:rows], text, cfg, split)
+
+
+def judged(model, data, pairs, cfg, text):
+    """`measure` of a model in memory, on the rows of `data` as Pairs, but for the rank of whole answers."""
+    evaluation = Listening(data, pairs, cfg, text)
     found = evaluation.measure(model)
     del found["gap_change"]                              # since the start, which here would be the model itself
     answers = evaluation.heard[1.0]
     texts = [text.decode(ids, True) for ids in answers]
-    return found | {"ranking_accuracy/whole": ahead(model, whole), "distinct-2": distinct(texts),
-                    "repeated": repeated(texts, data.verifiers), "length": statistics.mean(map(len, answers))}
+    return found | {"distinct-2": distinct(texts), "repeated": repeated(texts, data.verifiers),
+                    "length": statistics.mean(map(len, answers))}
 
 
 def against(base, cfg, split, data, text):
