@@ -353,7 +353,7 @@ def setting(default, help, source="ours", **more):
 
 STEPS = r"[1-9]\d{0,8}"
 PIECES = ("sentence", "line")       # segments that are not a number of tokens
-LONGEST = 256                       # tokens of such a B' at most, if B is no longer
+LONGEST = 64                        # tokens of such a B' at most, if B is no longer
 
 
 @dataclass

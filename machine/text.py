@@ -148,7 +148,8 @@ class Text:
         there instead, and is refused later with all of its kind."""
         kept = Remarks() if remarks is None else remarks
         texts = [kept.attempt(row, self._texts, row, kept) or [] for row in rows]
-        parts = [self._split(*ids) if ids else [] for ids in grouped(self._ids, texts)]
+        parts = [self._split(row, kept, *ids) if ids else []
+                 for row, ids in zip(rows, grouped(self._ids, texts))]
         encoded = []
         for row, ids, said in zip(rows, parts, grouped(self._decode_batch, parts)):
             good = ids and kept.attempt(row, self._prove, row, ids, said, kept)
@@ -235,13 +236,16 @@ class Text:
                                "give a template that writes it by --chat-template FILE")
             remarks.add(f"the chat template makes nothing of the key {key!r}", row, _roles(messages))
 
-    def _split(self, opening, *wholes):
+    def _split(self, row, remarks, opening, *wholes):
         """[prompt ids, response ids, ...], each response with its end token."""
         if not self.template:
             opening, wholes = self.head + opening, [self.head + whole for whole in wholes]
         if not opening and self.bos is not None:         # an empty text begins with BOS
             opening, wholes = [self.bos], [[self.bos] + whole for whole in wholes]
         cut = min(common_prefix(opening, whole) for whole in wholes)
+        if cut < len(opening):
+            remarks.add("a token reaches over the border from prompt to response, and is the response's", row,
+                        f"the prompt would have ended in {self.decode(opening[cut:])!r}")
         answers = [whole[cut:] for whole in wholes]
         ends = [[] if ids and ids[-1] in self.eos else [self.end] for ids in answers]
         return [opening[:cut]] + [ids + end for ids, end in zip(answers, ends)]

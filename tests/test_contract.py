@@ -169,6 +169,14 @@ def test_a_template_that_loses_what_was_written_is_refused_and_what_is_formattin
         encode(text_of(name), raw)
 
 
+def test_a_token_that_reaches_over_the_border_is_the_responses_and_is_counted():
+    """A prompt without a template that ends in a blank: at inference it would be one token longer."""
+    remarks, text = Remarks(), Text({k: v for k, v in companions(TINY).items() if k != "chat_template.jinja"}, "tiny", read_config(TINY))
+    (prompt, chosen, _), = text.encode([Row({"prompt": "Who? ", "chosen": "dog."}, "rows.jsonl, line 7")], remarks)
+    assert (text.decode(prompt), text.decode(chosen)) == ("Who?", " dog.<|end|>")
+    assert "1 rows: a token reaches over the border from prompt to response" in remarks.note() and "line 7" in remarks.note()
+
+
 def test_everything_a_message_carries_goes_to_the_template():
     text = text_of("tools")
     prompt, chosen, _ = encode(text, KINDS_OF_TALK["tool result"])

@@ -1,8 +1,10 @@
 """The method's family: y- that are written to their end, segments that are a sentence or a line, steps without generating.
 
-    python tests/test_family.py RUN_OR_MODEL DATA [N]     what B' is when B is a sentence: shares, and the causes of the rest
+    python tests/test_family.py MODEL DATA N 50% sentence line     N pairs of each kind: what ends B', the seam, ten triples
 """
 
+import dataclasses
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,11 +17,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from test_sapo import ENDS, EOS, VOCAB, examples, losses_of, settings, start, stream
 
 import sapo
+from buffer import collate
+from losses import preference_loss
 from machine.dataset import Data
 from machine.files import BadInput
 from machine.flags import PRESETS, Config, checked, parse
 from machine.config import read_config
 from machine.folders import companions, load_pretrained
+from machine.report import pair_text, show_pair
 from machine.rows import read_rows
 from machine.text import Text
 from sapo import Example, sapo_step, split
@@ -196,27 +201,49 @@ def test_the_defaults_stay_the_papers():
     assert (cfg.after, cfg.generate_every, cfg.nll, cfg.segment, cfg.loss) == ("keep", 1, 0.0, "256", "dpo")
 
 
-def what_sentences_become(model, rows, n, cfg):
-    """{cause: share} over n new sentences: that B' is one whole sentence, or what it is instead."""
-    folder = Path(model) / "model" if (Path(model) / "model").is_dir() else Path(model)
-    text = Text(companions(folder), folder, read_config(folder))
-    data, breaks = Data(read_rows(rows), text, cfg, "rows"), text.breaks(cfg.segment)
+def new_pairs(model, text, rows, n, cfg):
+    """n Pairs of SAPO with this model as the generator, on rows drawn at random."""
+    data, breaks = Data(rows, text, cfg, "rows"), text.breaks(cfg.segment)
     rng, draws = np.random.default_rng(0), torch.Generator().manual_seed(0)
     picked = [data[int(i)] for i in rng.choice(len(data), n)]
-    cuts = [split(e.chosen, cfg.segment, text.eos, rng, breaks) for e in picked]
-    segments = sapo.generate_segments(load_pretrained(folder).eval(), picked, cuts, cfg, text.eos, draws, text.vocab, breaks=breaks)
-    causes = Counter()
-    for e, (start, stop), new in zip(picked, cuts, segments):
-        whole = start == 0 and stop >= len(e.chosen) - 1
-        said = text.decode(new, True)
-        cause = "the answer's end token" if new[-1] in text.eos else "no room left" if new[-1] not in breaks else "a number's full stop" \
-            if said.rstrip()[-2:-1].isdigit() and said.rstrip().endswith(".") else "one sentence"
-        causes[cause + (" (the response has no inner border)" if whole else "")] += 1
-    return {cause: count / n for cause, count in causes.most_common()}
+    cuts = [split(e.chosen, cfg.segment, text.eos, rng, breaks, cfg.after) for e in picked]
+    segments = sapo.generate_segments(model, picked, cuts, cfg, text.eos, draws, text.vocab, breaks=breaks)
+    return [sapo.splice(e, cut, new, text.eos) for e, cut, new in zip(picked, cuts, segments)]
+
+
+def cause_of(pair, text, breaks):
+    """What ended B', where it should have been one sentence or line."""
+    new = pair.rejected[pair.start:pair.rejected_stop]
+    said = text.decode(new, True)
+    if new[-1] in text.eos:
+        return "the answer's end token"
+    if new[-1] not in breaks:
+        return "no room left"
+    return "a number's full stop" if re.search(r"\d\.$", said) else "one whole sentence or line"
+
+
+@torch.no_grad()
+def gaps(model, pairs, cfg):
+    """Mean (segment gap, seam gap) in nats, over the pairs in which y- keeps C."""
+    kept, sums = [p for p in pairs if p.keeps_C], []
+    for i in range(0, len(kept), 8):
+        metrics = preference_loss(model, collate(kept[i:i + 8]), dataclasses.replace(cfg, loss="simpo"))[1]
+        sums.append(torch.stack([metrics["pairs/segment_gap"], metrics["pairs/seam_gap"]], 1))
+    return torch.cat(sums).mean(0).tolist(), len(kept)
 
 
 if __name__ == "__main__":
-    model, rows, n = sys.argv[1], sys.argv[2], int((sys.argv[3:] or [1000])[0])
-    for segment in ("sentence", "line"):
-        cfg = Config(model=model, data=rows, segment=segment, max_length=512, max_prompt_length=448)
-        print(segment, {cause: round(share, 3) for cause, share in what_sentences_become(model, rows, n, cfg).items()})
+    folder, rows, n, segments = Path(sys.argv[1]), read_rows(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+    text, model = Text(companions(folder), folder, read_config(folder)), load_pretrained(folder).eval()
+    for segment in segments:
+        cfg = Config(model=str(folder), data=sys.argv[2], segment=segment, max_length=512, max_prompt_length=448)
+        pairs = new_pairs(model, text, rows, n, cfg)
+        print(f"--segment {segment}: {n} pairs;", {k: c / n for k, c in Counter(
+            "all of y+" if p.start == 0 and p.stop >= len(p.chosen) - 1 else "inside y+" for p in pairs).items()})
+        if segment in sapo.PIECES:
+            ends = Counter(cause_of(p, text, text.breaks(segment)) for p in pairs)
+            print("  B' is ended by", {cause: round(count / n, 3) for cause, count in ends.most_common()})
+        (inside, seam), kept = gaps(model, pairs[:96], cfg)
+        print(f"  log p(B) - log p(B') {inside:+.1f}, seam {seam:+.1f} nats, means over {kept} of 96 pairs that keep C")
+        for p in pairs[:10]:
+            print(show_pair(pair_text(p, text)))
