@@ -2,8 +2,8 @@
 
 Holds the losses as pure functions of tensors, one cited equation each, the table `LOSSES` that says
 what each is given, the token log-probs they are made of, and what joins them to a model and a
-Batch. A new loss is one function, one row of the table, and one test. Leaves out everything with a
-state: no optimizer, no buffer, no reduction. Log-probs and losses are float32 or wider.
+Batch. A new loss is one function, one row of the table, its name in the tuples below it, and one
+test. Leaves out what has a state, and the mean over pairs. Log-probs are float32 or wider.
 
 Axes: n pairs, R rows, T tokens, D hidden size, V vocabulary, N labelled tokens.
 """
@@ -216,7 +216,7 @@ def scored_tokens(cfg):
 
 def preference_loss(policy, batch, cfg, reference=None, prompts=None):
     """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: its (chosen, rejected), for a loss
-    WITH_REFERENCE; prompts: (n, D), for RPO.
+    WITH_REFERENCE; prompts: (n, D), for RPO. ValueError for a loss that is not in LOSSES.
 
     Two metrics are this method's own. pairs/seam_gap: log p(C after A B) - log p(C after A B'),
     0 where y- has no C. pairs/segment_gap: the rest of log p(y+) - log p(y-), which is B against

@@ -109,9 +109,9 @@ class Example(NamedTuple):
 
 
 def split(chosen, segment, eos, rng, breaks=(), after="keep"):
-    """[2]: (start, stop) of B in y+, uniform over all legal cuts; B never holds the end token, but
-    for after "rewrite", where B is all that follows its start. breaks: the ids that end a sentence
-    or a line, where B is one."""
+    """[2]: (start, stop) of B in y+, uniform over all legal cuts. B never holds the end token, except
+    with after "rewrite", where B is all of y+ from its start on. breaks: the ids that end a
+    sentence or a line, where B is one."""
     n = len(chosen) - (chosen[-1] in eos)
     if segment in PIECES:
         found = pieces(chosen[:n], breaks)
@@ -146,8 +146,8 @@ def pieces(ids, breaks):
 def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_lap, breaks=()):
     """[3]: B' for each example. The model sees x and A only, never B or C.
 
-    B' is at most as long as B. A sentence or line ends where the model ends it, and with cfg.after
-    "rewrite" it goes on to its own end token; both have the room of cfg.max_length.
+    B' is at most as long as B, a sentence or line at most LONGEST tokens if that is more, and with
+    cfg.after "rewrite" it goes on to its own end token; x and y- stay within cfg.max_length.
     At most cfg.generate_rows texts are generated at once; that number changes none of them,
     rounding aside. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
     """
@@ -365,21 +365,21 @@ class SAPOConfig:
                           "authors' code", low=1e-12)
     lam: float = setting(0.05, "weight of ORPO's odds-ratio term or of SLiC's NLL", "authors' code")
     delta: float = setting(1.0, "SLiC: a pair with a larger margin (nats) costs nothing", "SLiC-HF")
-    gamma: float = setting(0.5, "SimPO: the margin that a pair should have", "TRL")
-    tau: float = setting(0.5, "RPO: how near prompts must be to be compared", "RPO", low=1e-6)
-    nll: float = setting(0.0, "weight of an NLL of y+ (per token) beside any loss; dpo: dpo+sft")
+    gamma: float = setting(0.5, "SimPO: the reward margin that a pair should have", "TRL")
+    tau: float = setting(0.5, "RPO: temperature of the prompts' weights", "RPO", low=1e-6)
+    nll: float = setting(0.0, "weight of y+'s mean NLL per token, added to any loss (dpo: DPO+SFT)")
     batch_size: int = setting(64, "pairs a step, over all processes", "authors' code", low=1)
     micro_batch: int = setting(8, "pairs per forward pass; only RPO's result depends on it", low=1)
     segment: str = setting(
         "256", "B: tokens, a share of the response (50%), or one whole sentence or line", "paper",
         pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%|{'|'.join(PIECES)}",
         form="a number of tokens, a share such as 50%, sentence, or line")
-    after: str = setting("keep", "after B' stands C, or what the generator writes to its own end",
+    after: str = setting("keep", "y- after B': C (keep), or the generator's own end (rewrite)",
                          "paper", choices=("keep", "rewrite"))
     max_length: int | None = setting(
         None, "tokens of prompt and response; a longer response loses its right end; "
         "without it min(2048, the model's context)", "paper", low=2)
-    generate_every: int = setting(1, "pairs are generated on every so many-th step only", low=1)
+    generate_every: int = setting(1, "steps between generating pairs; 1: on every step", low=1)
     alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", high=1)
     ema_every: str = setting("2", "optimizer steps between EMA updates, or 'epoch'", "paper",
                              pattern=f"{STEPS}|epoch", form="a number of steps, or epoch")

@@ -1,8 +1,8 @@
 """Every setting of a run, the presets, and the command line.
 
-A field of `Config` is a flag; its default, its source and what it may be stand beside it. `checked` sees to
-what must fit together, whatever the loss, and `resolved` decides what depends on the model. Nothing else
-changes one.
+A field of `Config` is a flag; its default, its source and what it may be stand beside it. `checked` refuses
+what does not fit together, and `resolved` decides what depends on the model. After that only the run folder
+(train.py, where none was named) and the commit of a hub name (inputs.py) are filled in.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Config(SAPOConfig):
     """Every setting of a run: the method's (SAPOConfig) and the machine's. Each is a flag."""
     model: str = setting("", "folder or hub name[@revision] of the checkpoint to train")
     from_scratch: bool = setting(False, "random weights; --model then needs config.json and tokenizer only")
-    data: str = setting("", "rows to train on, JSON lines: prompt and chosen, or messages")
+    data: str = setting("", "rows to train on: files or folders of JSON lines or lists, comma-separated")
     eval_data: str = setting("", "rows to evaluate on; without it, some of --data are held out")
     sft_data: str = setting("", "rows of supervised fine-tuning (SFT); without it, --data")
     out: str = setting("", "run folder; runs/<preset>-<time> without it")
@@ -144,7 +144,8 @@ def parse(argv, doc=None):
         settings = settings_of(saved, path)
     if resume:
         for name, value in flags.items():
-            if name not in MAY_CHANGE and value != settings.get(name):
+            fixed = name not in MAY_CHANGE or name == "micro_batch" and settings.get("loss") == "rpo"
+            if fixed and value != settings.get(name):
                 others = ", ".join(map(flag_of, sorted(MAY_CHANGE)))
                 raise BadInput(f"{flag_of(name)} {value} contradicts the saved run, which has "
                                f"{settings.get(name)!r}; on --resume these may change: {others}")

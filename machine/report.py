@@ -343,8 +343,8 @@ class Moved:
     def line(self):
         size, moved = self.counts[:2].tolist()
         share = self.counts[2] / max(1, moved)
-        return size and (f"{moved:,} of {size:,} weights moved; {share:.1%} of those differ from the start "
-                         "in the written folder")
+        return (f"{moved:,} of {size:,} weights moved; {share:.1%} of those differ from the start "
+                "in the written folder") if size else ""
 
 
 def front_matter(inputs):
@@ -376,5 +376,6 @@ def model_card(name, inputs, table, moved):
         f"2405.20830), loss {cfg.loss}, {inputs.steps} steps.\n",
         f"On {len(inputs.data[1])} held-out rows; `written` is model/ as it was read back from the disk, "
         f"{inputs.written()}:\n",
-        f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}", *lines, f"\n{moved}" if moved else "",
+        f"| | {' | '.join(heads)} |", f"|{'---|' * (len(heads) + 1)}", *lines,
+        f"\n{moved}" if moved and name == "model" else "",
         "\nSettings:\n", *settings, ""])

@@ -39,7 +39,7 @@ BREAKS = {      # how the text of a token ends that ends a sentence, or a line
 class Text:
     """Tokenizer and chat template of a checkpoint, from its companion files {name: bytes}.
 
-    `eos` is the set of ids that end an answer, `end` the one that is added where an answer has none.
+    `eos` is the sorted tuple of ids that end an answer, `end` the one added where an answer has none.
     """
 
     def __init__(self, files, folder, config, template_file=""):
@@ -127,7 +127,7 @@ class Text:
         return [e.ids for e in encoded]
 
     def render(self, messages, add_generation_prompt=False, **more):
-        """The chat text, exactly as transformers' apply_chat_template(tokenize=False) has it."""
+        """The chat text as transformers' apply_chat_template(tokenize=False) has it on 26 July 2024."""
         try:
             text = self.template.render(**self.special | {"tools": None, "documents": None} | more,
                                         messages=messages, add_generation_prompt=add_generation_prompt)
@@ -190,7 +190,7 @@ class Text:
         whole = self.render(self._turns(row) + [answer], **row.more)
         start, text = len(opening), answer["content"].strip()
         if not whole.startswith(opening):
-            start = self._seam(row, opening, whole, text)
+            start = self._border(row, opening, whole, text)
         place = whole.find(text, start)
         after = place + len(text) if place >= 0 else start
         end = self.ends.search(whole, after)
@@ -199,7 +199,7 @@ class Text:
             raise BadInput(f"the chat template changes the answer: {_short(text)} became {_short(reply)}")
         return whole[:start], reply, whole[after:]
 
-    def _seam(self, row, opening, whole, text):
+    def _border(self, row, opening, whole, text):
         """Where the answer begins in a conversation that does not begin with the prompt as it is rendered
         alone: behind the last turn's text and as much of what follows it as both have."""
         last = self._turns(row)[-1]["content"].strip()
@@ -232,9 +232,9 @@ class Text:
             if both(messages, row.more) != both(less, {k: v for k, v in row.more.items() if k != key}):
                 continue
             if key in MEANING:
-                raise BadInput(f"the chat template makes nothing of {key!r}; take it out of the data, or "
+                raise BadInput(f"the chat template does not write {key!r}; take it out of the data, or "
                                "give a template that writes it by --chat-template FILE")
-            remarks.add(f"the chat template makes nothing of the key {key!r}", row, _roles(messages))
+            remarks.add(f"the chat template does not write the key {key!r}", row, _roles(messages))
 
     def _split(self, row, remarks, opening, *wholes):
         """[prompt ids, response ids, ...], each response with its end token."""
@@ -244,8 +244,8 @@ class Text:
             opening, wholes = [self.bos], [[self.bos] + whole for whole in wholes]
         cut = min(common_prefix(opening, whole) for whole in wholes)
         if cut < len(opening):
-            remarks.add("a token reaches over the border from prompt to response, and is the response's", row,
-                        f"the prompt would have ended in {self.decode(opening[cut:])!r}")
+            remarks.add("one token holds the prompt's end and the response's beginning, and is the response's",
+                        row, f"the prompt would have ended in {self.decode(opening[cut:])!r}")
         answers = [whole[cut:] for whole in wholes]
         ends = [[] if ids and ids[-1] in self.eos else [self.end] for ids in answers]
         return [opening[:cut]] + [ids + end for ids, end in zip(answers, ends)]

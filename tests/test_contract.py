@@ -155,9 +155,9 @@ def test_an_answer_ends_in_the_first_end_token_after_its_text(name):
     ("{% for m in messages %}{{ m.content | replace('bell', 'ball') }}<|end|>{% endfor %}", KINDS_OF_TALK["plain"], "Where is bell 3.* is lost"),
     ("{% for m in messages %}{{ m.content | replace('Harbor', '') }}<|end|>{% endfor %}", KINDS_OF_TALK["plain"], "changes the answer"),
     ("{% for m in messages %}{{ m.content | escape }}<|end|>{% endfor %}", {"prompt": "a", "chosen": "1 < 2"}, "changes the answer: '1 < 2' became '1 &lt; 2"),
-    *(("header", KINDS_OF_TALK[kind], f"makes nothing of '{key}'") for kind, key in (
+    *(("header", KINDS_OF_TALK[kind], f"does not write '{key}'") for kind, key in (
         ("tool result", "tool_calls"), ("tool call", "tool_calls"), ("reasoning", "reasoning_content"))),
-    ("header", {"tools": [TOOL], "messages": [U, A]}, "makes nothing of 'tools'"), ("header", {"messages": [U, A | {"weight": 0}]}, "makes nothing of 'weight'"),
+    ("header", {"tools": [TOOL], "messages": [U, A]}, "does not write 'tools'"), ("header", {"messages": [U, A | {"weight": 0}]}, "does not write 'weight'"),
 ])
 def test_a_template_that_loses_what_was_written_is_refused_and_what_is_formatting_is_counted(name, raw, what):
     if what is None:
@@ -174,7 +174,7 @@ def test_a_token_that_reaches_over_the_border_is_the_responses_and_is_counted():
     remarks, text = Remarks(), Text({k: v for k, v in companions(TINY).items() if k != "chat_template.jinja"}, "tiny", read_config(TINY))
     (prompt, chosen, _), = text.encode([Row({"prompt": "Who? ", "chosen": "dog."}, "rows.jsonl, line 7")], remarks)
     assert (text.decode(prompt), text.decode(chosen)) == ("Who?", " dog.<|end|>")
-    assert "1 rows: a token reaches over the border from prompt to response" in remarks.note() and "line 7" in remarks.note()
+    assert "1 rows: one token holds the prompt's end and the response's beginning" in remarks.note() and "line 7" in remarks.note()
 
 
 def test_everything_a_message_carries_goes_to_the_template():
@@ -190,7 +190,7 @@ def test_everything_a_message_carries_goes_to_the_template():
 def test_bookkeeping_that_a_template_does_not_write_is_counted():
     remarks = Remarks()
     text_of("header").encode([Row({"messages": [U | {"name": "Ada", "id": 3}, A]}, f"line {i}") for i in range(3)], remarks)
-    assert "3 rows: the chat template makes nothing of the key 'id' (line 0: " in remarks.note() and "key 'name'" in remarks.note()
+    assert "3 rows: the chat template does not write the key 'id' (line 0: " in remarks.note() and "key 'name'" in remarks.note()
 
 
 def test_all_rows_that_are_refused_are_counted_and_the_first_is_named(tmp_path):

@@ -4,8 +4,8 @@
     python tools/ppo.py --model FOLDER --out runs/ppo     from a model folder; leaves metrics.jsonl and model/
 
 A step lets the policy answer training prompts, `group` times each, at temperature 1. The reward is 1 where the verifier
-passes an answer, else 0. An answer's advantage is over the others to its prompt, so there is no value head, and all its
-tokens share it. No y+ is looked at. Left out: a learned reward model, schedules, resuming, GPUs.
+passes an answer, else 0. All tokens of an answer share one advantage: its reward beside those of the other
+answers to its prompt. So there is no value head. No y+ is looked at. Left out: a learned reward model, schedules, resuming, GPUs.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python tools/replay.py [--every 1,2,4,8] [--steps 120,240] [--seeds 5] [--jobs 2]
 
 Each run is the tiny world's SAPO-DPO with `--generate-every N`, from the study's base of its seed, at the study's
-learning rate for it, measured on the test rows. It prints, as mean and 95 % t-interval over seeds, the verifier's mean
-score, the tokens that were generated and trained on, and seconds, and draws replay.png into --figures: the score over
+learning rate for it, measured on the test rows. It prints the verifier's mean score, as mean and
+95 % t-interval over seeds, and the means of tokens generated, tokens trained on and seconds. It draws replay.png into --figures: the score over
 tokens of both kinds. Runs that are done are not done again. Left out: tuning, so a rate that is best for one N serves all.
 """
 
@@ -78,7 +78,8 @@ def main(argv=None):
     runs = study.Study(args)
     runs.do("bases", [runs.job("", None, seed, "test") for seed in runs.seeds])
     jobs = []
-    for runs.args.steps in lengths:
+    for steps in lengths:
+        runs.args.steps = steps          # which `job` reads
         jobs += [runs.job(flags_of(n), RATE, seed, "test") for n in every for seed in runs.seeds]
     runs.do("runs", jobs)
     table = {(n, steps): measured(runs, n, steps, runs.seeds) for n in every for steps in lengths}

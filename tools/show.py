@@ -91,7 +91,7 @@ def sums(pair, values):
     part = lambda i, start, stop: sum(values[i][start:stop])
     B, new = part(0, pair.start, pair.stop), part(1, pair.start, pair.rejected_stop)
     line = f"B {B:+.1f}, B' {new:+.1f}: segment {B - new:+.1f}"
-    if 0 < pair.rejected_stop < len(pair.rejected):
+    if pair.keeps_C:
         C, after = part(0, pair.stop, None), part(1, pair.rejected_stop, None)
         line += f"; C {C:+.1f} after B, {after:+.1f} after B': seam {C - after:+.1f}"
     return line + " nats"
@@ -186,7 +186,9 @@ def encoded(args):
     config = read_config(args.model)
     text = Text(companions(args.model), args.model, config, args.chat_template)
     cfg = resolved(Config(), config.max_position_embeddings, 1)
-    return show_rows(Data(read_rows(args.data)[:args.n], text, cfg, args.data), text, args.n)
+    data = Data(read_rows(args.data)[:args.n], text, cfg, args.data)
+    print(data.note, file=sys.stderr)
+    return show_rows(data, text, args.n)
 
 
 def main(argv=None):
@@ -200,7 +202,7 @@ def main(argv=None):
     parser.add_argument("--no-model", action="store_true", help="text only")
     parser.add_argument("--png", help="draw them there as well")
     args = parser.parse_args(argv)
-    if (args.run is None) != bool(args.data and args.model):
+    if bool(args.run) == bool(args.data or args.model) or bool(args.data) != bool(args.model):
         parser.error("give a run folder, or --data and --model")
     try:
         if args.data:
