@@ -109,8 +109,8 @@ class Example(NamedTuple):
 
 
 def split(chosen, segment, eos, rng, breaks=(), after="keep"):
-    """[2]: (start, stop) of B in y+, uniform over all legal cuts. B never holds the end token, except
-    with after "rewrite", where B is all of y+ from its start on. breaks: the ids that end a
+    """[2]: (start, stop) of B in y+, uniform over all legal cuts. B never holds the end token,
+    except with after "rewrite", where B is all of y+ from its start on. breaks: the ids that end a
     sentence or a line, where B is one."""
     n = len(chosen) - (chosen[-1] in eos)
     if segment in PIECES:

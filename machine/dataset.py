@@ -21,7 +21,7 @@ class Data:
         self.text, self.cfg = text, cfg
         self.flat, self.stops = array("i"), array("q")
         self.verifiers, self.places = {}, []
-        self.counts = dict.fromkeys(("prompts", "responses", "dropped", "typed"), 0)
+        self.counts = dict.fromkeys(("prompts", "responses", "dropped", "typed", "worse"), 0)
         remarks, quiet = Remarks(), not show or len(rows) < 5000
         for start in tqdm(range(0, len(rows), 1000), desc=f"tokenising {name}", disable=quiet, leave=False):
             part = rows[start:start + 1000]
@@ -36,6 +36,8 @@ class Data:
         self.note = (f"{name}: {len(self):,} rows, {len(self.tokens):,} tokens; {n['prompts']} prompts cut "
                      f"on the left, {n['responses']} responses cut on the right, {n['dropped']} rows dropped "
                      "as nothing of the response was left" + remarks.note())
+        if n["worse"]:
+            self.note += f"; {n['worse']} rejected responses cut on the right"
         if n["typed"]:
             self.note += (f"; warning: {n['typed']} rows have special tokens typed inside their text, and "
                           "the model reads them as real")
@@ -47,7 +49,8 @@ class Data:
         text, cfg = self.text, self.cfg
         counts = self.counts
         words = [row.turns] if isinstance(row.turns, str) else [m["content"] for m in row.turns]
-        counts["typed"] += any(map(text.typed.search, [*words, row.chosen["content"]]))
+        words += [answer["content"] for answer in (row.chosen, row.rejected) if answer]
+        counts["typed"] += any(map(text.typed.search, words))
         if len(prompt) > cfg.max_prompt_length:
             head = prompt[:1] if prompt[0] == text.bos else []
             prompt = head + prompt[len(prompt) - cfg.max_prompt_length + len(head):]
@@ -55,6 +58,7 @@ class Data:
         room = cfg.max_length - len(prompt)
         chosen, rejected = chosen[:room], rejected and rejected[:room]
         counts["responses"] += 0 < len(chosen) == room and chosen[-1] not in text.eos
+        counts["worse"] += bool(rejected) and len(rejected) == room and rejected[-1] not in text.eos
         if not prompt or not chosen or chosen[0] in text.eos:
             counts["dropped"] += 1       # nothing to learn from, or nothing before the response
             return

@@ -47,17 +47,21 @@ class Row:
         self.need(isinstance(raw, dict),
                   'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
         raw = {key: value for key, value in raw.items() if value is not None}
+        for key, cure in ELSEWHERE.items():
+            self.need(key not in raw, f"the column {key} would be lost; {cure}")
         for columns, name, steps in SHAPES:
             if columns <= set(raw) and (name != "hh-rlhf" or str(raw["chosen"]).startswith("\n\nHuman:")):
                 file = re.sub(r", (line|row) \d+$", "", str(place))
                 recipe = RECIPE.format(source=f"'json', data_files={file!r}", steps=steps)
-                raise BadInput(f"{place}: columns {str(sorted(raw))[:80]} are {name}'s; {recipe}")
-        for key, cure in ELSEWHERE.items():
-            self.need(key not in raw, f"the column {key} would be lost; {cure}")
+                lost = sorted(set(raw) & {"tools", "history", "verifier", "judge", "chat_template_kwargs"})
+                lost = f", which drops {', '.join(lost)}" if lost else ""
+                raise BadInput(f"{place}: columns {str(sorted(raw))[:80]} are {name}'s{lost}; {recipe}")
         self.more = {"tools": raw["tools"]} if raw.get("tools") else {}
         self.need(isinstance(raw.get("tools", []), list), "tools must be a list, not a text that holds one")
         kwargs = raw.get("chat_template_kwargs", {})
         self.need(isinstance(kwargs, dict), "chat_template_kwargs must be an object")
+        for key in ("messages", "tools", "add_generation_prompt", "self"):
+            self.need(key not in kwargs, f"chat_template_kwargs cannot hold {key}")
         self.more |= {key: value for key, value in kwargs.items() if value is not None}
         self.turns, self.chosen = self._conversation(raw)
         self.rejected = self._answer(raw["rejected"], "rejected") if "rejected" in raw else None
@@ -78,12 +82,19 @@ class Row:
         for text in (prompt, answer):
             self.need(type(text) is not str or not _is_packed(text),
                       "a list of messages is stored as a text; decode it once with json.loads")
+        if type(prompt) is list:
+            self.need(self._messages(prompt, "prompt")[-1]["role"] != "assistant",
+                      "prompt ends in an assistant's message, which would be closed; put it into the answer")
         if type(answer) is str and key != "messages":
             self.need("prompt" in raw, f"prompt is missing; {NEED}")
             turns = prompt if type(prompt) is str else self._messages(prompt, "prompt")
             return turns, self._answer(answer, key)
         whole = self._messages(answer, key)
         if type(prompt) is list and whole[:len(prompt)] != self._messages(prompt, "prompt"):
+            self.need(whole[0]["role"] == "assistant",
+                      f"{key} begins neither with prompt nor with an answer to it")
+            self.need(len(whole) == 1 or "rejected" not in raw,
+                      f"{key} has several messages; with a rejected one, put all but the last into prompt")
             whole = self._messages(prompt, "prompt") + whole
         elif type(prompt) is str and whole[0]["role"] == "assistant":
             whole = [{"role": "user", "content": prompt}] + whole

@@ -46,8 +46,8 @@ class Generation(Extension):
 def compile_template(source):
     """A chat template in jinja2's immutable sandbox, with transformers' filters and globals.
 
-    `strftime_now` always says 26 July 2024, so that every run sees the same text. The sandbox keeps a template
-    from reaching anything. It does not keep it from taking long.
+    `strftime_now` always says 26 July 2024, so that every run sees the same text. The sandbox keeps a
+    template from reaching anything. It does not keep it from taking long.
     """
     def raise_exception(message):
         raise jinja2.TemplateError(str(message))

@@ -12,6 +12,7 @@
 and that one end token closes it. Leaves out the shapes of rows (rows.py), and truncation (dataset.py).
 """
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -25,6 +26,7 @@ from machine.files import BadInput, json_or_nothing
 from machine.rows import Row
 from machine.template import compile_template, find_template
 
+MARK = {"role": "assistant", "content": "\ue000"}     # an answer that stands in no text
 MAX_TEXT = 10_000_000       # characters of one rendered conversation
 MANNERS = {"single_word", "lstrip", "rstrip", "normalized", "special"}       # of a token that is added
 MEANING = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "documents",
@@ -86,6 +88,13 @@ class Text:
             if self.tokenizer.token_to_id(word) != i:
                 raise BadInput(f"{folder}: the token {word!r} has id {i} in one file and "
                                f"{self.tokenizer.token_to_id(word)} in tokenizer.json")
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            found = self.settings.get(key)
+            found = list(found.values()) if isinstance(found, dict) else found
+            for word in found if isinstance(found, list) else ():
+                word = word.get("content") if isinstance(word, dict) else word
+                if isinstance(word, str) and word:
+                    self.tokenizer.add_special_tokens([AddedToken(word, normalized=False)])
         for key, word in special.items():
             if key in ("bos_token", "eos_token") or self.tokenizer.token_to_id(word) is not None:
                 self.tokenizer.add_special_tokens([AddedToken(word, normalized=False)])
@@ -171,6 +180,7 @@ class Text:
             return [row.turns] + [row.turns + self._open(answer)["content"] for answer in answers]
         turns, texts = self._turns(row), []
         opening = self.render(turns, True, **row.more)
+        self._all_there(turns, row)
         for answer in map(self._open, answers):
             start, reply, _ = self._reply(row, answer, opening)
             self._all_used(row, answer, remarks)
@@ -179,6 +189,22 @@ class Text:
                 remarks.add("the prompt is rendered otherwise alone than in the whole conversation, and is "
                             "trained as it is at inference", row, f"{opening[-60:]!r} is not {start[-60:]!r}")
         return [opening, *texts]
+
+    def _all_there(self, turns, row):
+        """BadInput if the template drops a turn, though its text may stand elsewhere in the prompt."""
+        marked, marks = [], {}
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant" and turn["content"].strip():
+                marks[i] = f"\ue000{i}\ue001"
+            marked.append(turn | {"content": marks.get(i, turn["content"])})
+        try:
+            text = self.render(marked, True, **row.more)
+        except BadInput:                 # a template that reads what is written
+            return
+        for i, mark in marks.items():
+            if mark not in text:
+                raise BadInput(f"the chat template drops the turn {_short(turns[i]['content'])}, role "
+                               f"{turns[i]['role'][:20]}")
 
     def _open(self, answer):
         """An answer without the end tokens that are typed at its end."""
@@ -197,22 +223,32 @@ class Text:
         reply = whole[start:end.end() if end else len(whole)]
         if not _holds(reply, text):
             raise BadInput(f"the chat template changes the answer: {_short(text)} became {_short(reply)}")
+        behind = whole[end.end():].strip() if end else ""
+        if behind and behind != self._rest(row):
+            raise BadInput("the chat template writes more of the answer behind its end token, "
+                           f"{_short(behind)}; give another by --chat-template FILE")
         return whole[:start], reply, whole[after:]
+
+    def _rest(self, row):
+        """What the template writes behind the end token of any answer."""
+        whole = self.render(self._turns(row) + [MARK], **row.more).rpartition(MARK["content"])[2]
+        end = self.ends.search(whole)
+        return whole[end.end():].strip() if end else ""
 
     def _border(self, row, opening, whole, text):
         """Where the answer begins in a conversation that does not begin with the prompt as it is rendered
         alone: behind the last turn's text and as much of what follows it as both have."""
         last = self._turns(row)[-1]["content"].strip()
-        stops = [end.start() for end in self.ends.finditer(whole)]
-        place = whole.rfind(text, 0, stops[-1] if stops else len(whole))
-        ours, theirs = opening.rfind(last), whole.rfind(last, 0, place if place >= 0 else len(whole))
+        other = self.render(self._turns(row) + [MARK], **row.more)
+        ours, theirs = opening.rfind(last), whole.rfind(last, 0, len(commonprefix([whole, other])))
         if ours < 0 or theirs < 0:
             raise BadInput(f"the chat template loses the last turn before the answer, {_short(last)}")
         same = len(commonprefix([opening[ours:], whole[theirs:]]))
         rest = opening[ours + same:]
-        for tag in re.findall(r"<(\w+)>", rest):
-            if f"</{tag}>" not in rest:
-                raise BadInput(f"the chat template opens <{tag}> for the model to go on from, and renders "
+        for tag in re.findall(r"</?(\w+)>", rest):
+            if rest.count(f"<{tag}>") != rest.count(f"</{tag}>"):
+                how = "closes" if f"</{tag}>" in rest else "opens"
+                raise BadInput(f"the chat template {how} <{tag}> for the model to go on from, and renders "
                                "answers without it; give another by --chat-template FILE")
         return theirs + same
 
@@ -225,11 +261,15 @@ class Text:
             except BadInput:
                 return None
 
+        def without(key, value):
+            return {k: v for k, v in value.items() if k != key}
+
         messages = self._turns(row) + [answer]
-        keys = {key for message in messages for key in message} - {"role", "content"}
-        for key in sorted(keys | row.more.keys()):
-            less = [{k: v for k, v in message.items() if k != key} for message in messages]
-            if both(messages, row.more) != both(less, {k: v for k, v in row.more.items() if k != key}):
+        tried = []
+        for key in sorted({key for message in messages for key in message} - {"role", "content"}):
+            tried.append((key, [without(key, message) for message in messages], row.more))
+        for key, less, more in tried + [(key, messages, without(key, row.more)) for key in row.more]:
+            if both(messages, row.more) != both(less, more):
                 continue
             if key in MEANING:
                 raise BadInput(f"the chat template does not write {key!r}; take it out of the data, or "
@@ -244,7 +284,7 @@ class Text:
             opening, wholes = [self.bos], [[self.bos] + whole for whole in wholes]
         cut = min(common_prefix(opening, whole) for whole in wholes)
         if cut < len(opening):
-            remarks.add("one token holds the prompt's end and the response's beginning, and is the response's",
+            remarks.add("one token holds the prompt's end and the response's beginning, and is the latter's",
                         row, f"the prompt would have ended in {self.decode(opening[cut:])!r}")
         answers = [whole[cut:] for whole in wholes]
         ends = [[] if ids and ids[-1] in self.eos else [self.end] for ids in answers]
@@ -254,7 +294,12 @@ class Text:
         """True if the tokens say what the row says; BadInput otherwise."""
         answers = map(self._open, [row.chosen] + ([row.rejected] if row.rejected else []))
         turns = [turn["content"] for turn in self._turns(row) if turn["role"] != "assistant"]
-        pairs = [(turn, texts[0]) for turn in turns]
+        border = self.decode(ids[0] + ids[1][:1])        # a token that reaches over it holds the prompt's end
+        pairs = [(turn, texts[0] if turn.strip() in texts[0] else border) for turn in turns]
+        for turn in self._turns(row):
+            if turn["role"] == "assistant" and not _holds(texts[0], self._open(turn)["content"].strip()):
+                remarks.add("the chat template shortens earlier answers, or drops them", row,
+                            _short(turn["content"]))
         for said, text in [*pairs, *zip((answer["content"] for answer in answers), texts[1:])]:
             said = said.strip()          # blanks at the ends, which most templates trim, are no loss
             if not _holds(text, said):
@@ -262,6 +307,11 @@ class Text:
             if said not in text:
                 remarks.add("the chat template or the tokenizer changes blanks or forms of letters", row,
                             f"{_short(said)} became {_short(text)}")
+        for answer, text in zip([row.chosen, row.rejected], texts[1:]):
+            for said in _beside(answer):
+                plain = json.dumps(said, ensure_ascii=False)[1:-1].replace("\\", "")
+                if not _holds(text, said.strip()) and not _holds(text.replace("\\", ""), plain):
+                    raise BadInput(f"{_short(said)} is lost on its way into tokens: it became {_short(text)}")
         for part, text in zip(ids[1:], texts[1:]):
             if not set(self.eos).isdisjoint(part[:-1]):
                 raise BadInput(f"an end token stands inside the answer {_short(text)}; take it out")
@@ -286,7 +336,8 @@ class Text:
         files, notes = dict(self.files), []
         word = self.tokenizer.id_to_token(self.end)
         generation = self._file("generation_config.json", "")
-        if not set(self.eos) <= set(self.named) or not generation.get("eos_token_id"):
+        told = generation.get("eos_token_id")
+        if not all(i in (told if isinstance(told, list) else [told]) for i in self.eos):
             ends = [self.end] + [i for i in self.eos if i != self.end]
             self._change(files, "generation_config.json", eos_token_id=ends)
             notes.append(f"generation_config.json ends an answer at {word}")
@@ -347,6 +398,28 @@ def grouped(step, groups):
 
 def _roles(messages):
     return [message["role"][:20] for message in messages][:6]
+
+
+def _beside(answer):
+    """The texts that an answer says beside its content: its thoughts, its calls' names and arguments."""
+    texts = [answer[key] for key in sorted(MEANING & answer.keys()) if isinstance(answer[key], str)]
+    calls = answer.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        call = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(call, dict):
+            texts += _strings([call.get("name"), call.get("arguments")])
+    return texts
+
+
+def _strings(value):
+    """All texts within a JSON value, and within one that is a text of JSON, as arguments may be."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in _strings(part)]
 
 
 def _any_of(words):

@@ -148,7 +148,7 @@ def test_an_answer_ends_in_the_first_end_token_after_its_text(name):
 
 @pytest.mark.parametrize("name, raw, what", [
     ("drops", KINDS_OF_TALK["thoughts in the text"], r"changes the answer: '<think>\\nI count.*became '\\n\\n4<\|end\|>'"),
-    ("drops", KINDS_OF_TALK["system"], "'Answer in one word.' is lost on its way into tokens: it became "),
+    ("drops", KINDS_OF_TALK["system"], "drops the turn 'Answer in one word.', role system"),
     (OPENS, KINDS_OF_TALK["plain"], "opens <think> for the model to go on from, and renders answers without it"),
     ("header", {"prompt": "Hi", "chosen": "a<|end|>b"}, "an end token stands inside the answer"),
     ("{% for m in messages %}{{ m.content | upper }}<|end|>{% endfor %}", KINDS_OF_TALK["plain"], None),
@@ -167,6 +167,36 @@ def test_a_template_that_loses_what_was_written_is_refused_and_what_is_formattin
         return
     with pytest.raises(BadInput, match=what):
         encode(text_of(name), raw)
+
+
+def test_what_an_attacker_found():
+    """Each of these once trained something else without a word."""
+    for template, raw, what in [
+        ("{% for m in messages %}<|{{m.role}}|>{% if m.reasoning_content %}{{m.reasoning_content}}<|end|><|assistant|>{% endif %}{{m.content}}<|end|>{% endfor %}"
+         "{% if add_generation_prompt %}<|assistant|>{% endif %}", {"messages": [U, A | {"reasoning_content": "Surely Harbor 3. I say"}]},
+         "writes more of the answer behind its end token"),
+        ("{% for m in messages %}{% if m.role != 'system' %}<|{{m.role}}|>{{m.content}}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+         {"messages": [turn("system", "Where"), U, A]}, "drops the turn 'Where', role system"),
+        ("{% for m in messages %}<|{{m.role}}|>{% if m.reasoning_content %}<think>{% endif %}{{m.content}}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+         {"messages": [U, A | {"reasoning_content": "I count."}]}, "'I count.' is lost on its way into tokens")]:
+        with pytest.raises(BadInput, match=what):
+            encode(text_of(template), raw)
+    both = {"chat_template_kwargs": {"name": "x"}, "messages": [U | {"name": "Ada"}, A]}
+    remarks = Remarks()
+    text_of("{% for m in messages %}<|{{m.role}}|>{{m.name}}{{m.content}}<|end|>{% endfor %}").encode([Row(both, "line 7")], remarks)
+    assert "does not write the key 'name'" in remarks.note(), "the row's is not used, though the message's is"
+
+
+def test_the_answer_is_whole_though_its_call_repeats_the_question():
+    source = SYSTEM_TURN.replace("m.content + '<|end|>'", "m.content + (m.tool_calls | tojson if m.tool_calls else '') + '<|end|>'")
+    raw = {"messages": [turn("system", "Be brief."), turn("user", "bell"), turn("assistant", None, tool_calls=[CALL])]}
+    prompt, chosen, _ = encode(text_of(source), raw)
+    assert prompt.endswith("Be brief.\n\nbell<|assistant|>") and chosen == json.dumps([CALL]) + "<|end|>"
+
+
+def test_an_end_that_the_tokenizer_names_and_generation_config_does_not_is_exported():
+    files = companions(TINY) | {"tokenizer_config.json": b'{"eos_token": "<|end|>"}', "generation_config.json": b'{"eos_token_id": 0}'}
+    assert exported(Text(files, "here", read_config(TINY)))["generation_config.json"] == {"eos_token_id": [1, 0]}
 
 
 def test_a_token_that_reaches_over_the_border_is_the_responses_and_is_counted():
@@ -314,6 +344,10 @@ def refusal(raw):
     ({"prompt": [], "chosen": "b"}, "prompt must be a text or a list of messages"), ({"prompt": 3, "chosen": [U, A]}, "prompt must be a text or a list"),
     ({"messages": [U, turn("assistant", [{"type": "text", "text": "x"}])]}, "needs a role and a content, both text"),
     ({"question": "a", "answer": "b"}, "columns ..answer., .question..: a row needs prompt and chosen .or completion., or messages; datasets' rename_column"),
+    ({"system": "x", "conversations": []}, "the column system would be lost"), ({"tools": [TOOL], "conversations": []}, "ShareGPT's, which drops tools; convert"),
+    ({"prompt": [U], "chosen": [A, U, A], "rejected": [A]}, "chosen has several messages; with a rejected one"),
+    ({"prompt": [turn("system", "x"), U], "chosen": [U, A]}, "chosen begins neither with prompt nor with an answer to it"),
+    ({"prompt": [U, A], "chosen": "b"}, "prompt ends in an assistant's message"), ({"messages": [U, A], "chat_template_kwargs": {"messages": []}}, "cannot hold messages"),
     ({"chosen": "a", "rejected": "b"}, "prompt is missing"), ({"messages": [U, turn("assistant", " ")]}, "the messages response is empty")])
 def test_a_row_that_would_lose_something_is_refused(raw, word):
     assert re.search(word, refusal(raw))
