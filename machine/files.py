@@ -14,10 +14,10 @@ class BadInput(ValueError):
     code = 2        # the exit code
 
 
-def parse_json(content, where):
-    """The value of JSON bytes; BadInput, which begins with `where`, if they are none."""
+def parse_json(content, where, objects=None):
+    """The value of JSON bytes, objects made of their pairs by `objects`; or BadInput, `where` first."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=objects)
         if b"\\ud" in content.lower():                   # half a surrogate pair is JSON, but it is not text
             json.dumps(value, ensure_ascii=False).encode()
         return value

@@ -209,11 +209,19 @@ def _values(file, path):
         number += 1
         place = f"{path}, line {number}"
         if not rows and line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            for row, raw in enumerate(parse_json(line + file.read(), path), 1):
+            for row, raw in enumerate(parse_json(line + file.read(), path, _object), 1):
                 yield raw, f"{path}, row {row}"
             return
         if len(line) > MAX_LINE:
             raise BadInput(f"{place}: longer than {MAX_LINE:,} bytes; is this a file of JSON lines?")
         if line.strip():
             rows += 1
-            yield parse_json(line, place), place
+            yield parse_json(line, place, _object), place
+
+
+def _object(pairs):
+    """A JSON object in which no key stands twice: of two values one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice in {str(found)[:80]}")
+    return found

@@ -62,6 +62,7 @@ class Text:
         self.head = whole[:next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)]
         self.source = find_template(files, self.settings, template_file)
         self.template = compile_template(self.source) if self.source else None
+        self.complete = set()            # shapes of conversations of which the template drops no turn
         self._find_ends(config, folder)
 
     def _file(self, name, folder):
@@ -191,7 +192,11 @@ class Text:
         return [opening, *texts]
 
     def _all_there(self, turns, row):
-        """BadInput if the template drops a turn, though its text may stand elsewhere in the prompt."""
+        """BadInput if the template drops a turn, though its text may stand elsewhere in the prompt. Rows with
+        the same roles and keys are rendered alike, so the first of them is asked for all."""
+        shape = tuple((turn["role"], not turn["content"].strip(), *sorted(turn)) for turn in turns)
+        if (shape, *row.more) in self.complete:
+            return
         marked, marks = [], {}
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant" and turn["content"].strip():
@@ -205,6 +210,7 @@ class Text:
             if mark not in text:
                 raise BadInput(f"the chat template drops the turn {_short(turns[i]['content'])}, role "
                                f"{turns[i]['role'][:20]}")
+        self.complete.add((shape, *row.more))
 
     def _open(self, answer):
         """An answer without the end tokens that are typed at its end."""

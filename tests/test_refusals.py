@@ -274,6 +274,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a line that is a list": (line(["a", "b"]), "rows.jsonl, line 3", "prompt", "chosen"),
     "a line that is not UTF-8": (line(b'{"prompt": "caf\xe9", "chosen": "b"}'), "rows.jsonl, line 3", "UTF-8"),
     "a line with half a surrogate pair": (line(b'{"prompt": "a", "chosen": "\\ud83d"}'), "rows.jsonl, line 3", "UTF-8"),
+    "a key that stands twice": (line(b'{"prompt": "a", "chosen": "b", "chosen": "c"}'), "rows.jsonl, line 3", "a key stands twice"),
     "a line of 100,000 brackets": (line(b"[" * 100_000), "rows.jsonl, line 3", "not JSON"),
     "a line of 10 MB": (line(b'"' + b"a" * MAX_LINE), "rows.jsonl, line 3", "longer than", "JSON lines"),
     "a row without a prompt": (line({"chosen": "b"}), "rows.jsonl, line 3", "prompt is missing", "messages"),
