@@ -1,9 +1,9 @@
-"""A pair's life: it waits in the replay buffer, is drawn, and becomes a row of a batch.
+"""A pair's life: it waits in the replay buffer, is drawn, and becomes a part of a batch.
 
 Holds `Pair`, `ReplayBuffer` ([5] and [6] of Algorithm 1) and `collate`, which lays pairs out as a
 `Batch`. Leaves out models and files: a pair is plain data, the buffer's state is JSON and arrays.
 
-Axes: n pairs, R rows, T tokens of a row, P shared prefix, S continuation, L tokens of one text.
+Axes: n pairs, N tokens of a batch, R texts, L tokens of a text.
 """
 
 from collections import deque
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from losses import IGNORE
 
@@ -123,31 +124,39 @@ def unpack(arrays):
 
 # ---------------------------------------------------------------------- a batch
 class Batch(NamedTuple):
-    """n pairs as rows. labels[:, t] is the token after ids[:, t], so that nobody else shifts."""
-    ids: torch.Tensor           # (R, T) int64; R = n and T = P + 2S; not shared: R = sides * n
-    positions: torch.Tensor     # (R, T) int64, each token's place in its own text
-    labels: torch.Tensor        # (R, T) int64, IGNORE where nothing is scored
-    scored: torch.Tensor        # (R, T) bool, labels that the preference compares, not NLL's alone
-    seam: torch.Tensor          # (R, T) bool, scored labels in C, where both texts have C
+    """n pairs as one stream of tokens: of each pair y+, then what y- does not share with it.
+
+        place     0  1  2  3  4  5  6  7  8  9
+        ids       x  x  A  B  B  C  A  B' B' C
+        labels    .  A  B  B  C  C  B' B' C  C      the token after, so that nobody else shifts
+        rows      0  1  2  3  4  5                  y+
+                  0  1              6  7  8  9      y-
+
+    The last token of a text is only a label. The token before the first difference is there
+    twice, since two tokens come after it.
+    """
+    ids: torch.Tensor           # (N,) int64
+    labels: torch.Tensor        # (N,) int64, IGNORE where nothing is scored
+    scored: torch.Tensor        # (N,) bool, labels that the preference compares, not NLL's alone
+    seam: torch.Tensor          # (N,) bool, scored labels in C, where both texts have C
+    rows: torch.Tensor          # (R, L) int64: all y+, then all y-; -1 behind the end of a text
     lengths: torch.Tensor       # (n, 3) int64: scored tokens of chosen, of rejected; NLL's tokens
-    prefix: int                 # P, 0 where it is not shared
     texts: list                 # what it was laid out from
 
     def to(self, device):
-        tensors = [t.to(device, non_blocking=True) for t in self[:6]]
-        return Batch(*tensors, *self[6:])
+        return Batch(*[t.to(device, non_blocking=True) for t in self[:-1]], self.texts)
 
-    def some(self, rows):
-        """The Batch of some of its pairs, for one with shared prefixes, without others' padding."""
-        return lay_out([self.texts[i] for i in rows]).to(self.ids.device)
+    def some(self, pairs):
+        """The Batch of some of its pairs, for one with shared prefixes."""
+        return lay_out([self.texts[i] for i in pairs]).to(self.ids.device)
 
 
 class Side(NamedTuple):
-    """One text of a pair, prompt and response: its tokens and what each counts for, (L,) each."""
-    ids: np.ndarray             # int64
-    scored: np.ndarray          # bool: the preference compares it
-    labelled: np.ndarray        # bool: that, or it is in the NLL
-    seam: np.ndarray            # bool: scored, and C of both texts
+    """One text of a pair, prompt and response, as a Batch has it: (L,) each."""
+    ids: np.ndarray
+    labels: np.ndarray
+    scored: np.ndarray
+    seam: np.ndarray
 
 
 class Texts(NamedTuple):
@@ -173,63 +182,46 @@ def label(pair, score_on, common, nll_on):
     prefix = min(common_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1) - 1
     sides = []
     for ids, stop in ((chosen, pair.stop), (rejected, pair.rejected_stop)):
-        place, C = np.arange(len(ids)), x + stop                           # C: where it would begin
+        place, C = np.arange(1, len(ids)), x + stop       # of each label; where C would begin
         scored = place >= (x if common else max(x, prefix + 1))
         if score_on == "segment":
             scored &= (place >= x + pair.start) & (place < C)
-        labelled = scored.copy()
+        wanted = scored
         if ids is chosen and nll_on:
-            labelled[{"response": x, "prompt+response": 1}[nll_on]:] = True
-        sides.append(Side(ids, scored, labelled, scored & pair.keeps_C & (place >= C)))
+            wanted = scored | (place >= {"response": x, "prompt+response": 1}[nll_on])
+        seam = scored & pair.keeps_C & (place >= C)
+        sides.append(Side(ids[:-1], np.where(wanted, ids[1:], IGNORE), scored, seam))
     return Texts(prefix, *sides)
 
 
 def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
     """Pairs as one Batch.
 
-    share: one row a pair, [prefix | chosen | rejected]. Without it, two plain rows a pair (first
-    all chosen, then all rejected), or with sides=1 the chosen texts alone (fine-tuning).
+    share: what both texts of a pair begin with stands in the stream once. Without it both are
+    there in full, or with sides=1 the chosen texts alone (fine-tuning).
     score_on: "response" or "segment" (B and B' only); common: whether tokens that both texts begin
     with are scored; nll_on: more labels for the chosen text, "response" or "prompt+response".
     """
-    texts = [label(p, score_on, common, nll_on) for p in pairs]
-    if share:
-        return lay_out(texts)
-    rows = [t.chosen for t in texts] + [t.rejected for t in texts if sides == 2]
-    batch = _padding(texts, len(rows), max(len(row.ids) for row in rows) - 1, 0)
-    for i, row in enumerate(rows):
-        _place(batch, i, 0, row, 0, len(row.ids) - 1)
-    return batch
+    if not all(p.prompt for p in pairs):
+        raise ValueError("a pair needs at least one token of prompt (BOS for an empty text)")
+    return lay_out([label(p, score_on, common, nll_on) for p in pairs], share, sides)
 
 
-def lay_out(texts):
-    """One row for each pair's Texts: [P prefix | S chosen | S rejected], padded on the right."""
-    P = max(1, *[t.prefix for t in texts])       # 1 column at least: all processes call alike
-    S = max(max(len(t.chosen.ids), len(t.rejected.ids)) - 1 - t.prefix for t in texts)
-    batch = _padding(texts, len(texts), P + 2 * S, P)
-    for i, (p, chosen, rejected) in enumerate(texts):
-        batch.positions[i, P:] = p + torch.arange(S).repeat(2)             # of padding as well
-        _place(batch, i, 0, chosen, 0, p)
-        _place(batch, i, P, chosen, p, len(chosen.ids) - 1)
-        _place(batch, i, P + S, rejected, p, len(rejected.ids) - 1)
-    return batch
-
-
-def _padding(texts, rows, width, prefix):
-    """A Batch of padding alone, to be written into."""
-    ids, positions = torch.zeros(rows, width, dtype=torch.int64), torch.arange(width)
-    nothing = torch.zeros(rows, width, dtype=torch.bool)
-    lengths = []
-    for t in texts:
-        lengths.append([t.chosen.scored.sum(), t.rejected.scored.sum(), t.chosen.labelled.sum()])
-    return Batch(ids, positions.repeat(rows, 1), torch.full_like(ids, IGNORE), nothing,
-                 nothing.clone(), torch.tensor(np.array(lengths)), prefix, texts)
-
-
-def _place(batch, row, column, text, start, stop):
-    """Write tokens start:stop of a Side into a row from `column` on, each with its label."""
-    here, after = slice(column, column + stop - start), slice(start + 1, stop + 1)
-    labels = np.where(text.labelled[after], text.ids[after], IGNORE)
-    for into, values in ((batch.ids, text.ids[start:stop]), (batch.labels, labels),
-                         (batch.scored, text.scored[after]), (batch.seam, text.seam[after])):
-        into[row, here] = torch.from_numpy(values)
+def lay_out(texts, share=True, sides=2):
+    """The Batch of pairs' Texts."""
+    stream, n = [], 0                            # what each text adds to it; tokens so far
+    rows, lengths = ([], []), []
+    for prefix, chosen, rejected in texts:
+        row = torch.arange(0)
+        for side, text in enumerate((chosen, rejected)[:sides]):
+            shared = row[:prefix if share else 0]                          # nothing yet for y+
+            own = [part[len(shared):] for part in text]
+            row = torch.cat((shared, torch.arange(n, n + len(own[0]))))    # (L,)
+            rows[side].append(row)
+            stream.append(own)
+            n += len(own[0])
+        labels = chosen.labels != IGNORE
+        lengths.append([chosen.scored.sum(), rejected.scored.sum(), labels.sum()])
+    ids_to_seam = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*stream)]
+    return Batch(*ids_to_seam, pad_sequence([*rows[0], *rows[1]], True, -1),
+                 torch.tensor(np.array(lengths)), texts)

@@ -5,7 +5,7 @@ what each is given, the token log-probs they are made of, and what joins them to
 Batch. A new loss is one function, one row of the table, its name in the tuples below it, and one
 test. Leaves out what has a state, and the mean over pairs. Log-probs are float32 or wider.
 
-Axes: n pairs, R rows, T tokens, D hidden size, V vocabulary, N labelled tokens.
+Axes: n pairs, N tokens of a stream, R texts, L tokens of a text, D hidden size, V vocabulary.
 """
 
 from functools import partial
@@ -122,14 +122,13 @@ def log1mexp(x):
 def token_logps(hidden, weight, labels, chunk=0, keep=0):
     """Log-prob of each label under softmax(hidden @ weight.T), 0 where the label is IGNORE.
 
-    hidden (R, T, D), weight (V, D), labels (R, T) int64, shifted already: hidden[:, t] predicts
-    labels[:, t]. Returns (R, T), float32 or wider. The head runs on labelled tokens only. chunk: on
-    at most this many at a time (0: on all), so that their logits never exist all at once. keep: if
-    there are more labels than this, the head runs again in the backward pass to save memory.
+    hidden (N, D), weight (V, D), labels (N,) int64, shifted already: hidden[i] predicts labels[i].
+    Returns (N,), float32 or wider. The head runs on labelled tokens only, at most `chunk` at a time
+    (0: all). keep: if there are more, it runs again in the backward pass to save memory.
     """
     wanted = labels != IGNORE
-    rows = hidden[wanted]                                                  # (N, D)
-    targets = labels[wanted]                                               # (N,)
+    rows = hidden[wanted]                                                  # (labels, D)
+    targets = labels[wanted]                                               # (labels,)
     if chunk and len(rows) > chunk:
         head = _label_logps
         if len(rows) > keep:
@@ -142,27 +141,28 @@ def token_logps(hidden, weight, labels, chunk=0, keep=0):
 
 
 def _label_logps(rows, weight, targets):
-    logits = F.linear(rows, weight)                                        # (N, V)
+    logits = F.linear(rows, weight)                                        # (labels, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return -F.cross_entropy(logits, targets, reduction="none")             # (N,)
+    return -F.cross_entropy(logits, targets, reduction="none")             # (labels,)
 
 
 def batch_logps(model, batch):
-    """Log-prob of every label of a Batch: (R, T), float32 or wider, 0 where there is no label."""
+    """Log-prob of every label of a Batch: (N,), float32 or wider, 0 where there is no label."""
     def head(hidden, weight):
         chunk, keep = max(1, LOGITS // len(weight)), max(1, KEPT // len(weight))
         return token_logps(hidden, weight, batch.labels, chunk, keep)
 
-    return model(batch.ids, positions=batch.positions, prefix=batch.prefix, head=head)
+    return model(batch.ids, batch.rows, head=head)
+
+
+def by_text(values, batch):
+    """Values (N,) of a stream as rows of its texts: (R, L), 0 behind a text's end."""
+    return F.pad(values, (0, 1))[batch.rows]                               # rows have -1 there
 
 
 def by_side(values, batch):
-    """Sums of values (R, T) over each chosen and each rejected text, prefix included: two (n,)."""
-    if not batch.prefix:
-        return values.sum(-1).chunk(2)
-    prefix = values[:, :batch.prefix].sum(-1)                              # (n,)
-    continuations = values[:, batch.prefix:].unflatten(1, (2, -1)).sum(-1)  # (n, 2)
-    return prefix + continuations[:, 0], prefix + continuations[:, 1]
+    """Sums of values (N,) over each chosen and each rejected text: two (n,)."""
+    return by_text(values, batch).sum(-1).chunk(2)
 
 
 def score(model, batch):
@@ -224,7 +224,7 @@ def preference_loss(policy, batch, cfg, reference=None, prompts=None):
     """
     if cfg.loss not in LOSSES:
         raise ValueError(f"loss is {cfg.loss!r}; choose {', '.join(LOSSES)}")
-    logps = batch_logps(policy, batch)                                     # (R, T)
+    logps = batch_logps(policy, batch)                                     # (N,)
     chosen, rejected = by_side(logps * batch.scored, batch)                # (n,), (n,)
     seam = torch.sub(*by_side(logps * batch.seam, batch))
     scores = Scores(chosen, rejected, -by_side(logps, batch)[0], batch.lengths,

@@ -4,9 +4,9 @@ Holds the architecture (RMSNorm, rotary positions, grouped-query attention, SwiG
 `sample` and `generate`, LoRA, and `twin`. Leaves out files, tokenizers, training and processes:
 machine/folders.py reads checkpoints, whose parameter names are the ones used here.
 
-Axes: B rows, T tokens, D hidden size, H query heads, K key-value heads, E head size, V vocabulary,
-      W cached keys; P prefix, S continuation: a row may be [P prefix | S chosen | S rejected], see
-      `Transformer.forward`.
+Axes: B rows, T tokens of a row, N tokens of a stream, D hidden size, H query heads, K key-value
+      heads, E head size, V vocabulary, W cached keys. What is `...` below is (N,) of a stream, or
+      (B, T) of rows; see `Transformer.forward`.
 """
 
 import copy
@@ -113,9 +113,9 @@ def rotary_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions on x (B, heads, T, E): the first half of a head pairs with its second half.
+    """Rotary positions on x (..., heads, E): the first half of a head pairs with its second half.
 
-    cos, sin (B, 1, T, E) are those of (-angles, angles), hence the minus of the first half.
+    cos, sin (..., 1, E) are those of (-angles, angles), hence the minus of the first half.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -133,21 +133,6 @@ def attend(q, k, v, mask, scale):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
 
 
-def attend_continuations(q, k, v, prefix, prefix_mask, mask, scale):
-    """Attention of rows [P prefix | S chosen | S rejected]: neither continuation sees the other."""
-    P, S = prefix, (q.shape[2] - prefix) // 2
-
-    def fold(t):         # (B, heads, 2S, E) -> (2B, heads, S, E): the continuations become rows
-        return t[:, :, P:].unflatten(2, (2, S)).transpose(1, 2).flatten(0, 1)
-
-    def behind(t):       # (2B, heads, P + S, E): the prefix, once for each, then the continuation
-        return torch.cat((t[:, :, :P].repeat_interleave(2, 0), fold(t)), 2)
-
-    first = attend(q[:, :, :P], k[:, :, :P], v[:, :, :P], prefix_mask, scale)      # (B, H, P, E)
-    rest = attend(fold(q), behind(k), behind(v), mask, scale)              # (2B, H, S, E)
-    return torch.cat((first, rest.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)), 2)
-
-
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -161,20 +146,23 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c, c.head_dim) if c.qk_norm else nn.Identity()
 
     def heads(self, t):
-        return t.unflatten(-1, (-1, self.head_dim))                        # (B, T, heads, E)
+        return t.unflatten(-1, (-1, self.head_dim))                        # (..., heads, E)
 
-    def forward(self, x, rope, masks, prefix, store):
-        q = self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2)        # (B, H, T, E)
-        k = self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2)        # (B, K, T, E)
-        v = self.heads(self.v_proj(x)).transpose(1, 2)                     # (B, K, T, E)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+    def forward(self, x, rope, mask, stream, store):
+        rows, places = stream or (None, None)
+
+        def by_row(t):               # (N, heads, E) or (B, T, heads, E) -> (B, heads, T, E)
+            return (t if rows is None else t[rows]).transpose(1, 2)
+
+        q = rotate(self.q_norm(self.heads(self.q_proj(x))), *rope)         # (..., H, E)
+        k = rotate(self.k_norm(self.heads(self.k_proj(x))), *rope)         # (..., K, E)
+        k, v = by_row(k), by_row(self.heads(self.v_proj(x)))               # (B, K, T, E)
         if store:
             k, v = store(k, v)                                             # (B, K, W, E)
-        if prefix:
-            out = attend_continuations(q, k, v, prefix, *masks, self.scale)
-        else:
-            out = attend(q, k, v, masks[0], self.scale)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                 # (B, T, D)
+        out = attend(by_row(q), k, v, mask, self.scale).transpose(1, 2)    # (B, T, H, E)
+        if stream:
+            out = out.flatten(0, 1)[places]                                # (N, H, E)
+        return self.o_proj(out.flatten(-2))                                # (..., D)
 
 
 class MLP(nn.Module):
@@ -200,8 +188,8 @@ class Block(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(c, c.hidden_size)
             self.post_feedforward_layernorm = RMSNorm(c, c.hidden_size)
 
-    def forward(self, x, rope, masks, prefix=0, store=None):
-        out = self.self_attn(self.input_layernorm(x), rope, masks, prefix, store)
+    def forward(self, x, rope, mask, stream=None, store=None):
+        out = self.self_attn(self.input_layernorm(x), rope, mask, stream, store)
         if not self.gemma:
             x = x + out
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -218,9 +206,9 @@ class View:
         self.inv_freq = rotary_frequencies(c)            # float32 always, hence no buffer
 
     def rope(self, positions, dtype):
-        """(cos, sin) for `rotate`, both (B, 1, T, E)."""
+        """(cos, sin) for `rotate`, both (..., 1, E)."""
         self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[:, None, :, None] * self.inv_freq               # (B, 1, T, E / 2)
+        angles = positions[..., None, None] * self.inv_freq                # (..., 1, E / 2)
         angles = torch.cat((-angles, angles), -1)                          # float32
         return (self.gain * angles.cos()).to(dtype), (self.gain * angles.sin()).to(dtype)
 
@@ -229,21 +217,13 @@ class View:
         query, key = query[..., :, None], key[..., None, :]
         return (key <= query) & (key > query - self.window) if self.window else key <= query
 
-    def masks(self, positions, prefix, cache):
-        """Masks of the prefix, or of the whole row, and of continuations; None: causal, or none."""
-        T = positions.shape[1]
-        if cache is not None and T == 1:
-            slots = torch.arange(cache.width, device=positions.device)
-            return self.visible(positions, slots)[:, None], None           # (B, 1, 1, W)
-        P = prefix or T
-        row = torch.arange(P, device=positions.device)
-        first = self.visible(row, row) if self.window and P > self.window else None     # (P, P)
-        if not prefix:
-            return first, None
-        rest = positions[:, P:].unflatten(1, (2, -1)).flatten(0, 1)        # (2B, S)
-        real = (row < rest[:, :1])[:, None]                             # not the prefix's padding
-        on_prefix = self.visible(rest, row.expand(len(rest), P)) & real    # (2B, S, P)
-        return first, torch.cat((on_prefix, self.visible(rest, rest)), -1)[:, None]
+    def mask(self, positions, width, decoding):
+        """Which of `width` keys are seen, bool; None: all up to oneself. In decoding by one query a
+        row, at its position (B, 1), else by each of them."""
+        keys = torch.arange(width, device=positions.device)
+        if decoding:
+            return self.visible(positions, keys)[:, None]                  # (B, 1, 1, W)
+        return self.visible(keys, keys) if self.window and width > self.window else None   # (T, T)
 
 
 class Transformer(nn.Module):
@@ -274,32 +254,43 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, 0.0, (p.shape[1] * shrink) ** -0.5, rng)
         return self
 
-    def forward(self, ids, positions=None, prefix=0, cache=None, head=None):
-        """Logits (B, T, V) of ids (B, T) int64, or head(hidden, lm_head.weight) where one is given.
+    def forward(self, ids, rows=None, positions=None, cache=None, head=None):
+        """Logits (..., V) of ids (...) int64, or head(hidden, lm_head.weight) where one is given.
 
-        positions (B, T): each token's place in its own text; 0, 1, 2 ... where not given. Rows are
-        padded on the right, and padding needs no mask: nothing before it can see it.
-        prefix = P > 0: a row is [P prefix | S chosen | S rejected], two texts with a common
-        beginning. Each continuation sees the prefix and itself. positions[:, P], where a
-        continuation starts, is the prefix's true length.
-        cache: a KVCache to read and extend.
+        rows (B, T): ids (N,) is a stream of texts, without padding. Token t of text b is
+        ids[rows[b, t]], and -1 stands behind the text's end. Texts that begin alike may share these
+        tokens, which are then computed once. Attention alone goes by rows.
+        Without rows, ids (B, T) are texts of one length, or padded on the right.
+        cache: a KVCache for these rows to fill, or to extend by ids (B, 1) at positions (B, 1).
         """
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        x = self.model.embed_tokens(ids)                                   # (B, T, D)
+        stream, decoding = None, cache is not None and rows is None
+        width = cache.width if decoding else (ids if rows is None else rows).shape[1]
+        if rows is not None:
+            stream = rows, first_places(rows, len(ids))
+            positions = stream[1] % width                                  # (N,)
+        elif not decoding:
+            positions = torch.arange(width, device=ids.device).expand_as(ids)
+        x = self.model.embed_tokens(ids)                                   # (..., D)
         if self.config.embedding_scale != 1:             # rounded as the embedding is
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
-        seen = {kind: (view.rope(positions, x.dtype), view.masks(positions, prefix, cache))
+        seen = {kind: (view.rope(positions, x.dtype), view.mask(positions, width, decoding))
                 for kind, view in self.views.items()}
         kinds = self.config.layer_types or [*self.views] * len(self.model.layers)
         for i, (kind, block) in enumerate(zip(kinds, self.model.layers)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *seen[kind], prefix, use_reentrant=False,
+                x = checkpoint(block, x, *seen[kind], stream, use_reentrant=False,
                                preserve_rng_state=False)
             else:
-                x = block(x, *seen[kind], prefix, cache and partial(cache.put, i, positions))
+                x = block(x, *seen[kind], stream, cache and partial(cache.put, i, positions))
         x = self.model.norm(x)
         return head(x, self.lm_head.weight) if head else self.lm_head(x)
+
+
+def first_places(rows, n):
+    """Where each of a stream's n tokens stands first in rows (B, T), counted row by row: (n,)."""
+    places = torch.arange(rows.numel(), device=rows.device)
+    first = places.new_full((n + 1,), rows.numel())                        # the last is padding's
+    return first.scatter_reduce(0, rows.flatten() % (n + 1), places, "amin")[:n]
 
 
 def twin(model):
@@ -373,10 +364,14 @@ class KVCache:
         self.width = width
 
     def put(self, layer, positions, k, v):
-        """Store (B, K, T, E); return all up to `width`, or what was given if it is a beginning."""
+        """Store (B, K, T, E). From a stream these are whole texts, and are returned; else one token
+        a row, at its position (B, 1), and all keys and values up to `width` are returned."""
+        if positions.dim() == 1:
+            self.slots[layer, ..., :k.shape[2], :] = torch.stack((k, v))
+            return k, v
         for slots, new in zip(self.slots[layer], (k, v)):
             slots.scatter_(2, positions[:, None, :, None].expand_as(new), new)
-        return (k, v) if k.shape[2] > 1 else self.slots[layer, ..., :self.width, :]
+        return self.slots[layer, ..., :self.width, :]
 
 
 def sample(logits, uniform, temperature, top_k, top_p):
@@ -429,8 +424,9 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     device, width = embedding.device, max(map(len, prompts)) + steps
     tensor = partial(torch.tensor, dtype=torch.long, device=device)
     uniform = pad_sequence(_uniforms(budgets, temperature, rng), True).to(device)     # (B, steps)
-    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], True).to(device)      # (B, T)
+    ids = tensor([token for prompt in prompts for token in prompt])        # (N,)
     lengths = tensor([[len(prompt)] for prompt in prompts])                # (B, 1)
+    rows = torch.arange(len(ids), device=device).split([*map(len, prompts)])
     budgets = tensor(budgets)[:, None]                                     # (B, 1)
     stops, banned = tensor(sorted(eos)), tensor([i for i in ban if i < (vocab or len(embedding))])
     cache = KVCache(model.config, len(prompts), width, embedding.dtype, device)
@@ -438,8 +434,8 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     turn = torch.zeros_like(lengths)       # how many times the rows were asked
     made, done = torch.zeros_like(lengths), budgets <= 0                   # tokens generated so far
 
-    def last(hidden, weight):              # the head where a row ends
-        return linear(hidden[torch.arange(len(hidden), device=device), lengths[:, 0] - 1], weight)
+    def last(hidden, weight):              # the head where a prompt ends
+        return linear(hidden[lengths[:, 0].cumsum(0) - 1], weight)
 
     def choose():                          # works in place, as `read` does, for a CUDA graph
         logits.index_fill_(1, banned, -torch.inf)
@@ -455,7 +451,7 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
         turn.add_(1)
         choose()
 
-    logits = model(ids, cache=cache, head=last)                            # (B, V)
+    logits = model(ids, pad_sequence(rows, True, -1), cache=cache, head=last)              # (B, V)
     choose()
     lap("prefill")
     for step in range(1, steps):

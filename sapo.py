@@ -22,8 +22,8 @@
     beta, lambda     SAPOConfig.beta, .lam
     buffer           State.buffer                               ReplayBuffer of Pairs
 
-y+ and y- begin with the same x + A, so a pair is scored as one row, [prefix | chosen | rejected]:
-the prefix goes through the model once, and both continuations look back at it (buffer.collate).
+y+ and y- begin with the same x + A, so a batch is one stream of tokens (buffer.Batch), in which that
+stands once for both. Every token of it goes through the model once, and no padding does.
 
 Left out: files, flags, printing, processes and the learning rate's schedule. With what this file
 defines, `random`, and load_pretrained of machine/folders.py, a run in a notebook is five lines:
@@ -112,6 +112,8 @@ def split(chosen, segment, eos, rng, breaks=(), after="keep"):
     """[2]: (start, stop) of B in y+, uniform over all legal cuts. B never holds the end token,
     except with after "rewrite", where B is all of y+ from its start on. breaks: the ids that end a
     sentence or a line, where B is one."""
+    if not chosen[1:] and set(chosen) <= set(eos):
+        raise ValueError("there is nothing to rewrite in an empty response")
     n = len(chosen) - (chosen[-1] in eos)
     if segment in PIECES:
         found = pieces(chosen[:n], breaks)

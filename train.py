@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from buffer import Pair, collate, pack, unpack
-from losses import batch_logps
+from losses import batch_logps, by_text
 from machine import checkpoint
 from machine.dataset import Draw
 from machine.files import BadInput, write_json
@@ -85,7 +85,7 @@ def sft_step(policy, optimizer, examples, cfg, autocast):
         batch = collate([Pair(e.prompt, e.chosen, []) for e in part], share=False, sides=1).to(device)
         with exchange_gradients(policy, last=i + cfg.micro_batch >= len(examples)):
             with autocast():
-                nll = -batch_logps(policy, batch).sum(-1) / batch.lengths[:, 0]        # (n,)
+                nll = -by_text(batch_logps(policy, batch), batch).sum(-1) / batch.lengths[:, 0]    # (n,)
             (nll.sum() / len(examples)).backward()
         bad_rows += [e.row for e, x in zip(part, nll.tolist()) if not math.isfinite(x)]
         total += nll.detach().sum().item()

@@ -245,7 +245,7 @@ def any_pair(rng, sides):
 
 
 def token_by_token(pairs, share, score_on, common, nll_on, sides):
-    """What `collate` promises, one token after the other: rows of cells (id, position, label, scored, seam); (n, 3) lengths; P.
+    """What `collate` promises, one token after the other: a stream of cells (id, label, scored, seam); rows; (n, 3) lengths.
 
     Each text is read but for its last token, and a cell says what is to be made of the token after.
     """
@@ -269,25 +269,22 @@ def token_by_token(pairs, share, score_on, common, nll_on, sides):
                 labelled = scored or asked and text is chosen
                 both_have_C = p.rejected_stop > 0 and p.rejected[p.rejected_stop:] != []
                 seam = scored and both_have_C and in_response >= stop
-                row.append((text[place - 1], place - 1, text[place] if labelled else IGNORE, scored, seam))
+                row.append((text[place - 1], text[place] if labelled else IGNORE, scored, seam))
                 preference, nll = preference + scored, nll + labelled
             rows.append(row)
             counts.append((preference, nll))
         texts.append((prefix, *rows))
         lengths.append([counts[0][0], counts[1][0], counts[0][1]])
-    if not share:
-        rows = [chosen for _, chosen, _ in texts] + [rejected for _, _, rejected in texts if sides == 2]
-        width = max(map(len, rows))
-        return [row + [(0, column, IGNORE, False, False) for column in range(len(row), width)] for row in rows], lengths, 0
-    P = max(1, max(prefix for prefix, _, _ in texts))
-    S = max(len(row) - prefix for prefix, *rows in texts for row in rows)
-    laid_out = []
-    for prefix, chosen, rejected in texts:
-        row = chosen[:prefix] + [(0, column, IGNORE, False, False) for column in range(prefix, P)]
-        for text in (chosen, rejected):
-            row += text[prefix:] + [(0, place, IGNORE, False, False) for place in range(len(text), prefix + S)]
-        laid_out.append(row)
-    return laid_out, lengths, P
+    stream, numbers = [], [[], []]
+    for prefix, *both in texts:
+        for side, row in enumerate(both[:sides]):
+            shared = numbers[0][-1][:prefix] if share and side else []           # the numbers of y+'s tokens, again
+            own = row[len(shared):]
+            numbers[side].append(shared + list(range(len(stream), len(stream) + len(own))))
+            stream += own
+    numbers = numbers[0] + numbers[1]
+    width = max(map(len, numbers))
+    return stream, [row + [-1] * (width - len(row)) for row in numbers], lengths
 
 
 def any_batch(rng, share):
@@ -298,7 +295,7 @@ def any_batch(rng, share):
     return list(pairs), options, kinds
 
 
-TENSORS = {"ids": torch.int64, "positions": torch.int64, "labels": torch.int64, "scored": torch.bool, "seam": torch.bool, "lengths": torch.int64}
+TENSORS = {"ids": torch.int64, "labels": torch.int64, "scored": torch.bool, "seam": torch.bool, "rows": torch.int64, "lengths": torch.int64}
 
 
 def test_a_batch_is_what_an_oracle_lays_out_token_by_token():
@@ -306,33 +303,35 @@ def test_a_batch_is_what_an_oracle_lays_out_token_by_token():
     for number in range(1000):
         pairs, options, kinds = any_batch(rng, share=number % 2 == 0)
         batch = collate(pairs, **options)
-        rows, lengths, prefix = token_by_token(pairs, **options)
+        stream, rows, lengths = token_by_token(pairs, **options)
         said = f"batch {number}: {options} of {pairs}"
-        for i, name in enumerate(("ids", "positions", "labels", "scored", "seam")):
-            assert getattr(batch, name).tolist() == [[cell[i] for cell in row] for row in rows], f"{name} of {said}"
-        assert (batch.lengths.tolist(), batch.prefix) == (lengths, prefix), said
+        for i, name in enumerate(("ids", "labels", "scored", "seam")):
+            assert getattr(batch, name).tolist() == [cell[i] for cell in stream], f"{name} of {said}"
+        assert (batch.rows.tolist(), batch.lengths.tolist()) == (rows, lengths), said
         assert {name: getattr(batch, name).dtype for name in TENSORS} == TENSORS
         seen.update(name for names in kinds for name in names)
         seen.update(f"{name}: {value}" for name, value in options.items())
         seen["C in both"] += bool(batch.seam.any())
         seen["nothing is scored"] += not batch.scored.any()
-        seen["a column of padding for a prefix"] += bool(prefix == 1 and (batch.positions[:, 1] == 0).all())
+        seen["nothing is shared"] += bool(options["share"] and len(batch.ids) == (batch.rows >= 0).sum())
     assert len(seen) == 22 and min(seen.values()) > 20, f"each option and each kind of pair often enough: {seen}"
 
 
-def test_some_rows_of_a_batch_are_the_batch_of_those_pairs():
-    """Without the padding of those left out, and in any order."""
-    rng, narrower = random.Random(12), 0
+def test_some_pairs_of_a_batch_are_the_batch_of_those_pairs():
+    """In any order."""
+    rng = random.Random(12)
     for _ in range(300):
         pairs, options, _ = any_batch(rng, share=True)
-        rows = rng.sample(range(len(pairs)), rng.randint(1, len(pairs)))
-        whole = collate(pairs, **options)
-        some, alone = whole.some(rows), collate([pairs[i] for i in rows], **options)
-        assert some.prefix == alone.prefix and all(torch.equal(getattr(some, name), getattr(alone, name)) for name in TENSORS)
-        again = some.some(range(len(rows)))
-        assert all(torch.equal(getattr(again, name), getattr(alone, name)) for name in TENSORS), "which has rows of its own"
-        narrower += some.ids.shape[1] < whole.ids.shape[1]
-    assert narrower > 50
+        chosen = rng.sample(range(len(pairs)), rng.randint(1, len(pairs)))
+        some, alone = collate(pairs, **options).some(chosen), collate([pairs[i] for i in chosen], **options)
+        assert all(torch.equal(getattr(some, name), getattr(alone, name)) for name in TENSORS)
+        again = some.some(range(len(chosen)))
+        assert all(torch.equal(getattr(again, name), getattr(alone, name)) for name in TENSORS), "which has texts of its own"
+
+
+def test_a_pair_without_a_prompt_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="at least one token of prompt"):
+        collate([Pair([1], [3], [4]), Pair([], [3, 4], [3, 5])])
 
 
 @pytest.mark.parametrize("rejected_stop, keeps", [(0, False), (1, True), (3, True), (4, False)])

@@ -779,9 +779,9 @@ def test_prefill_and_decoding_give_the_logits_of_the_whole_text(decoder, dtype, 
     whole = model(torch.tensor(texts))
     cache = KVCache(model.config, 2, 15, dtype, "cpu")
     monkeypatch.setattr(code, "LARGE", 0)
-    ids = torch.tensor([texts[0][:4] + [0] * 3, texts[1][:7]])
-    prefill = model(ids, cache=cache)
-    assert all(torch.allclose(prefill[row, :n], whole[row, :n], atol=apart) for row, n in enumerate(begun))
+    rows = torch.tensor([[0, 1, 2, 3, -1, -1, -1], [4, 5, 6, 7, 8, 9, 10]])
+    prefill = model(torch.tensor(texts[0][:4] + texts[1][:7]), rows, cache=cache)
+    assert all(torch.allclose(prefill[rows[row, :n]], whole[row, :n], atol=apart) for row, n in enumerate(begun))
     for step in range(8):
         at = [n + step for n in begun]
         cache.width = max(at) + 1
@@ -912,19 +912,42 @@ WINDOWS = pytest.mark.parametrize("seen", [{}, dict(sliding_window=4), dict(slid
 
 @torch.no_grad()
 @WINDOWS
-def test_both_continuations_have_the_logits_of_plain_rows(seen):
+@pytest.mark.parametrize("share", [True, False])
+def test_both_texts_of_a_stream_have_the_logits_of_a_text_alone(seen, share):
     model, pairs = small_model(**seen), some_pairs()
-    shared, plain = collate(pairs), collate(pairs, share=False)
-    P, n = shared.prefix, len(pairs)
-    ours, expected = model(shared.ids, positions=shared.positions, prefix=P), model(plain.ids)
-    S = (shared.ids.shape[1] - P) // 2
+    batch = collate(pairs, share)
+    logits = model(batch.ids, batch.rows)
     for i, pair in enumerate(pairs):
-        prefix = shared.positions[i, P].item()           # this row's true prefix; the rest up to P is padding
-        for side, answer in enumerate((pair.chosen, pair.rejected)):
-            width = len(pair.prompt) + len(answer) - 1
-            begin = P + side * S
-            text = torch.cat((ours[i, :prefix], ours[i, begin:begin + width - prefix]))
-            assert torch.allclose(text, expected[i + side * n, :width], atol=1e-12)
+        for row, answer in zip((batch.rows[i], batch.rows[i + len(pairs)]), (pair.chosen, pair.rejected)):
+            text = (pair.prompt + answer)[:-1]
+            assert torch.allclose(logits[row[:len(text)]], model(torch.tensor([text]))[0], atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_any_texts_may_share_their_beginnings(decoder):
+    """A stream in no order, of texts that branch off each other, one of them the beginning of another."""
+    model, stream = small_model(**DECODERS[decoder]), random_texts([11], seed=4)[0]
+    texts = [[7, 2, 9, 0], [7, 2, 5, 6, 8], [7, 2, 5, 1, 10, 4], [3], [7, 2]]
+    rows = torch.tensor([text + [-1] * (6 - len(text)) for text in texts])
+    logits = model(torch.tensor(stream), rows)
+    for text in texts:
+        assert torch.allclose(logits[text], model(torch.tensor([[stream[i] for i in text]]))[0], atol=1e-12)
+
+
+def test_a_stream_is_multiplied_once_and_without_padding():
+    """Every linear layer gets as many tokens as there are: the purpose of it all."""
+    model, pairs, seen = small_model(), some_pairs(), set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            module.register_forward_hook(lambda module, arguments, output: seen.add(arguments[0].numel() // module.in_features))
+    score(model, collate(pairs))
+    whole = [2 * len(p.prompt) + len(p.chosen) + len(p.rejected) - 2 for p in pairs]             # both texts, but for their last tokens
+    common = [next((i for i, (a, b) in enumerate(zip(p.chosen, p.rejected)) if a != b), min(len(p.chosen), len(p.rejected)) - 1) for p in pairs]
+    assert seen == {sum(whole) - sum(len(p.prompt) + n - 1 for p, n in zip(pairs, common))}
+    seen.clear()
+    generate(model, PROMPTS, [1] * 5, **GREEDY)
+    assert seen == {sum(map(len, PROMPTS))}
 
 
 @WINDOWS

@@ -146,7 +146,7 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, m
     rows = [Pair(prompt, [1] + c, [2] + r) for c, r in zip(chosen, rejected)]
     cfg = SAPOConfig(loss=loss)
     batch = collate(rows, **scored_tokens(cfg))
-    assert batch.prefix == P - 1 and batch.ids.shape[1] == P - 1 + 2 * (S + 1)
+    assert batch.rows.shape == (2 * pairs, P + S) and len(batch.ids) == pairs * (P - 1 + 2 * (S + 1))
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     measured = kept_bytes(model, batch, cfg, autocast)
     if mode == "ddp" and half:                              # what autocast casts is the plan's `copies`
@@ -154,7 +154,7 @@ def test_activations_are_within_15_percent_of_what_autograd_keeps(monkeypatch, m
     elif mode == "lora" and not checkpointing:
         measured -= 2 * sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     labels = int((batch.labels != -100).sum()) // pairs
-    planned = plan.kept(model.config, mode, Job(lora=RANK, half=half, gradient_checkpointing=checkpointing), pairs, batch.prefix, S + 1, labels)
+    planned = plan.kept(model.config, mode, Job(lora=RANK, half=half, gradient_checkpointing=checkpointing), pairs, P - 1, S + 1, labels)
     assert 0.85 < planned / measured < 1.15, (planned, measured)
 
 

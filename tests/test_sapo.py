@@ -23,7 +23,7 @@ import losses
 import sapo
 from buffer import Pair, ReplayBuffer, collate
 from conftest import NUMBERS, ROOT, fits, make_pairs, small_model
-from losses import IGNORE, LOSSES, preference_loss, score, scored_tokens
+from losses import IGNORE, LOSSES, by_text, preference_loss, score, scored_tokens
 from machine.folders import load_pretrained, save_pretrained
 from model import add_lora, generate, own_parameters, twin
 from sapo import Example, SAPOConfig, State, accumulate_gradient, ema_update, named_moments, sapo_step, split
@@ -185,9 +185,9 @@ def watch(monkeypatch, owner, name):
 
 
 def rows_seen(model):
-    """A list that grows by the number of rows of each forward pass of `model`."""
+    """A list that grows by the number of pairs of each forward pass of `model`."""
     seen = []
-    model.register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[0])))
+    model.register_forward_hook(lambda module, arguments, output: seen.append(len(arguments[1]) // 2))
     return seen
 
 
@@ -249,6 +249,13 @@ def test_algorithm_1_touches_no_files_flags_or_processes():
     assert not roots & {"argparse", "tokenizers", "json", "os", "pathlib", "safetensors", "transformers"}
     assert not [name for name in imports("sapo.py") if name.startswith("torch.distributed")]
     assert "torch.distributed" not in (ROOT / "sapo.py").read_text("utf-8")
+
+
+@pytest.mark.parametrize("segment", ["4", "50%", "sentence"])
+@pytest.mark.parametrize("response", [[], [EOS]])
+def test_an_empty_response_is_refused_in_a_sentence(response, segment):
+    with pytest.raises(ValueError, match="nothing to rewrite in an empty response"):
+        split(response, segment, ENDS, np.random.default_rng(0), breaks=(7,))
 
 
 # ------------------------------------------------------------------------------------------------ [2] the cut
@@ -512,9 +519,10 @@ def test_one_side_is_the_chosen_rows_of_two():
     pairs[-1].rejected += pairs[-1].rejected                 # a long one must not widen the rows
     one, two = collate(pairs, share=False, sides=1), collate(pairs, share=False)
     width = max(len(p.prompt + p.chosen) for p in pairs) - 1
-    assert one.ids.shape == one.labels.shape == (len(pairs), width) and two.ids.shape[1] > width
+    assert len(one.ids) == sum(len(p.prompt + p.chosen) - 1 for p in pairs)
+    assert one.rows.shape == (len(pairs), width) and two.rows.shape[1] > width
     for mine, theirs in zip(one[:4], two[:4]):
-        assert torch.equal(mine, theirs[:len(pairs), :width])
+        assert torch.equal(by_text(mine, one), by_text(theirs, two)[:len(pairs), :width])
 
 
 @pytest.mark.parametrize("way", ALONE, ids=ALONE_NAMES)
@@ -529,12 +537,10 @@ def test_padding_changes_no_loss(way):
 @pytest.mark.parametrize("name", kinds())
 def test_labels_are_the_response_and_nothing_of_the_prompt(name):
     p = kinds()[name]
-    said = lambda row: row[row != IGNORE].tolist()
     plain, batch = collate([p, kinds()["long"]], share=False), collate([p, kinds()["long"]])
-    assert [said(plain.labels[0]), said(plain.labels[2])] == [p.chosen, p.rejected]
-    S = (batch.labels.shape[1] - batch.prefix) // 2
-    prefix, chosen, rejected = batch.labels[0].split([batch.prefix, S, S])
-    assert [said(prefix) + said(chosen), said(prefix) + said(rejected)] == [p.chosen, p.rejected]
+    for one in (plain, batch):
+        labels = [one.labels[row[row >= 0]] for row in one.rows[[0, 2]]]
+        assert [row[row != IGNORE].tolist() for row in labels] == [p.chosen, p.rejected]
     assert plain.lengths[0].tolist()[:2] == batch.lengths[0].tolist()[:2] == [len(p.chosen), len(p.rejected)]
 
 
@@ -542,18 +548,16 @@ def test_labels_are_the_response_and_nothing_of_the_prompt(name):
 def test_a_label_is_the_token_after(name):
     p = kinds()[name]
     batch = collate([p, kinds()["long"]])
-    S = (batch.ids.shape[1] - batch.prefix) // 2
-    for y, column in ((p.chosen, batch.prefix), (p.rejected, batch.prefix + S)):
+    for y, row in zip((p.chosen, p.rejected), batch.rows[[0, 2]].tolist()):
         text = p.prompt + y
-        for at in [*range(batch.prefix), *range(column, column + S)]:
-            if batch.labels[0, at] != IGNORE:
-                place = int(batch.positions[0, at])
-                assert (batch.ids[0, at], batch.labels[0, at]) == (text[place], text[place + 1])
+        assert [batch.ids[i] for i in row if i >= 0] == text[:-1]
+        for place, i in enumerate(row):
+            assert i < 0 or batch.labels[i] in (IGNORE, text[place + 1])
 
 
 def test_the_prompt_is_scored_only_for_the_nll_and_only_when_asked():
     p = kinds()["plain"]
-    labels = lambda **more: [t for t in collate([p], **more).labels[0].tolist() if t != IGNORE]
+    labels = lambda **more: [t for t in collate([p], **more).labels.tolist() if t != IGNORE]
     assert sorted(labels(nll_on="response")) == sorted(labels())
     batch, asked = collate([p], nll_on="response"), collate([p], nll_on="prompt+response")
     extra = (asked.labels != IGNORE) & (batch.labels == IGNORE)

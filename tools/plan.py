@@ -111,27 +111,22 @@ def dtypes(mode, job):
 
 
 def kept_by_block(c, P, S, wide, item, rank):
-    """Bytes that autograd keeps of one pair, a row of T = P + 2S tokens, in one block.
+    """Bytes that autograd keeps of one pair, T = P + 2S tokens in two texts of P + S, in one block.
 
     RMSNorm, twice    x in float32 (the stream itself, if that is float32), and, where its weight is trained, x / rms;
                       Gemma has four, and its x / rms is float32
     q, k, v           their input, where the matrices are trained; under autocast once for each, as each casts it anew
-    attention         prefix and continuations are two calls, of which the kernel keeps q, k, v, output, log-sum-exp
-                      and the mask as numbers. With grouped heads k and v are expanded to H; the continuations hold
-                      the prefix's once each. Without a cast the prefix's q is a view, and keeps the whole
+    attention         of both texts in full the kernel keeps q, k, v, output and log-sum-exp. With grouped heads k and v
+                      are expanded to H. A window's mask, which is there once for all pairs, is left out
     o                 its input, where it is trained
     MLP               the input (gate, up: as q, k, v), gate, silu(gate), up; and down's input, where it is trained
     LoRA              nothing but A x of each adapter: frozen matrices keep no input
     """
     D, I, H, K, E = c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    T, cast, grouped, trained = P + 2 * S, wide != item, H != K, not rank
+    T, cast, trained = P + 2 * S, wide != item, not rank
     norms = 4 * T * D * (4 + trained * 4) if c.gemma_norms else 2 * T * D * (4 + trained * wide)
     inputs = T * D * item * trained * (3 + 2 if cast else 1 + 1)
-    heads = H if grouped else K
-    q = (P if cast else T) + 2 * S
-    k = (P if cast or grouped else T) + 2 * (P + S)
-    v = (P if grouped else T) + 2 * (P + S)
-    attention = E * item * (H * q + heads * k + heads * v + H * T) + 4 * H * T + 2 * S * (P + S) * item
+    attention = 2 * (P + S) * H * (4 * E * item + 4)
     if c.qk_norm:
         attention += T * E * (H + K) * (4 + trained * (4 if c.gemma_norms else item))
     output = T * H * E * item * trained
@@ -140,7 +135,7 @@ def kept_by_block(c, P, S, wide, item, rank):
 
 
 def kept(config, mode, job, pairs, P, S, labels):
-    """Bytes of activations that autograd keeps of a micro-batch of `pairs` rows until its backward pass; labels: a row."""
+    """Bytes of activations that autograd keeps of a micro-batch of pairs until its backward pass; labels: of a pair."""
     wide, item = dtypes(mode, job)
     T, D, rank = P + 2 * S, config.hidden_size, job.lora if mode == "lora" else 0
     block = kept_by_block(config, P, S, wide, item, rank)

@@ -18,7 +18,7 @@ from statistics import mean
 import torch
 import study         # which finds the modules below
 from buffer import Pair, collate
-from losses import batch_logps
+from losses import batch_logps, by_text
 from machine.folders import companions, save_pretrained
 from machine.report import passes, print_table
 from model import generate, twin
@@ -73,10 +73,10 @@ def ppo_step(policy, reference, optimizer, examples, reward, s, eos, rng, vocab=
     parts, clipped = torch.randperm(len(pairs), generator=rng).split(s.minibatch), []
     batches = [collate([pairs[i] for i in part], share=False, sides=1) for part in parts]      # answers in y+'s place
     with torch.no_grad():
-        old, frozen = [[batch_logps(model, batch) for batch in batches] for model in (policy, reference)]
+        old, frozen = [[by_text(batch_logps(model, batch), batch) for batch in batches] for model in (policy, reference)]
     for epoch in range(s.epochs):
         for i in torch.randperm(len(batches), generator=rng):
-            logps, answered = batch_logps(policy, batches[i]), batches[i].scored               # (R, T)
+            logps, answered = (by_text(v, batches[i]) for v in (batch_logps(policy, batches[i]), batches[i].scored))  # (R, T)
             gain, stopped = surrogate(logps, old[i], advantages[parts[i], None], s.clip)
             optimizer.zero_grad(set_to_none=True)
             (s.beta * kl_penalty(logps, frozen[i]) - gain)[answered].mean().backward()         # over tokens, as equation 7

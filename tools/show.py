@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from buffer import Pair, collate
-from losses import batch_logps
+from losses import batch_logps, by_text
 from machine.dataset import Data
 from machine.files import BadInput, parse_json, read_json
 from machine.config import config_from_dict, read_config
@@ -64,8 +64,8 @@ def models(run):
 @torch.no_grad()
 def numbers(pair, policy, start):
     """Two lists, one number for each token of y+ and of y-: log-probs under the policy, less those under the start."""
-    batch = collate([pair], share=False)
-    logps = batch_logps(policy, batch) - (batch_logps(start, batch) if start else 0.0)       # (2, T)
+    batch = collate([pair])
+    logps = by_text(batch_logps(policy, batch) - (batch_logps(start, batch) if start else 0.0), batch)       # (2, T)
     first = len(pair.prompt) - 1                         # where the first token of the response is predicted
     return [logps[i, first:first + len(y)].tolist() for i, y in enumerate((pair.chosen, pair.rejected))]
 
