@@ -22,8 +22,8 @@
     beta, lambda     SAPOConfig.beta, .lam
     buffer           State.buffer                               ReplayBuffer of Pairs
 
-y+ and y- begin with the same x + A, so a batch is one stream of tokens (buffer.Batch), in which that
-stands once for both. Every token of it goes through the model once, and no padding does.
+y+ and y- begin with the same x + A, and a batch is one stream of tokens in which that stands once
+for both (buffer.Batch). So every token goes through the model once, and no padding does.
 
 Left out: files, flags, printing, processes and the learning rate's schedule. With what this file
 defines, `random`, and load_pretrained of machine/folders.py, a run in a notebook is five lines:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = {       # file: (floor, lines at most, columns at most); imports go to lower floors, or to earlier files of one's own
-    "losses.py": (1, 245, 100), "model.py": (1, 478, 100), "buffer.py": (2, 227, 100), "sapo.py": (3, 486, 100),
+    "losses.py": (1, 245, 100), "model.py": (1, 476, 100), "buffer.py": (2, 227, 100), "sapo.py": (3, 486, 100),
     "machine/files.py": (4, 100, 110), "machine/config.py": (4, 180, 110), "machine/folders.py": (4, 265, 110),
     "machine/parallel.py": (4, 155, 110), "machine/flags.py": (4, 240, 110), "machine/rows.py": (4, 227, 110),
     "machine/template.py": (4, 75, 110), "machine/text.py": (4, 465, 110), "machine/dataset.py": (4, 135, 110),
