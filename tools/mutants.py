@@ -353,8 +353,8 @@ MUTANTS = [
            SAPO + "a_state_goes_on_bit_for_bit_from_its_state_dict"),
     # ------------------------------------------------------------------------------------------------ families with layers of several kinds
     Mutant("all layers have the window of the first", "model.py",
-           "*seen[kind], prefix, cache and",
-           "*seen[kinds[0]], prefix, cache and",
+           "*seen[kind], stream, cache and",
+           "*seen[kinds[0]], stream, cache and",
            MODEL + "the_logits_are_those_of_transformers[qwen2, beyond the window of its second layer]"),
     Mutant("Gemma's norms multiply by their weight, not by 1 + weight", "model.py",
            "wide * (1 + self.weight.to(wide.dtype))",
