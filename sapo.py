@@ -405,11 +405,17 @@ class SAPOConfig:
     top_k: int = setting(50, "top-k of B'; 0 keeps all", "authors' code")
     top_p: float = setting(0.95, "top-p of B'; 1 keeps all", "authors' code", low=1e-6, high=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 does not clip")
-    generate_ahead: int = setting(8, "at most this many batches are generated ahead", low=1)
+    generate_ahead: int = setting(8, "at most so many batches are generated ahead", low=1, high=999)
     generate_rows: int = setting(64, "at most this many texts are generated at once", low=1)
 
 
 # ------------------------------------------------------------------------ state
+def stream(seed, purpose, *place):
+    """The seed of what is drawn for one purpose at one place (rank, epoch): nothing else has it."""
+    key = (len(purpose), *purpose.encode(), *place)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+
+
 @dataclass(kw_only=True)
 class State:
     """Everything that Algorithm 1 changes, and what it needs to know of its surroundings."""
@@ -433,22 +439,22 @@ class State:
     clock: Clock = field(default_factory=Clock)
 
     @classmethod
-    def start(cls, policy, cfg, eos, seed=0, lr=1e-6, copy=twin, processes=1, optimizer=None,
-              generator=None, **more):
+    def start(cls, policy, cfg, eos, seed=0, lr=1e-6, copy=twin, rank=0, processes=1,
+              optimizer=None, generator=None, **more):
         """Before the first step: theta_ema = pi_ref = theta, an empty buffer, seeded draws.
         copy(policy) makes a model that does not train; `more` are the other fields of a State."""
         if cfg.ema_every == "epoch" and not more.get("steps_per_epoch"):
             raise ValueError("ema_every 'epoch' needs steps_per_epoch")
         if cfg.segment in PIECES and not more.get("breaks"):
             raise ValueError(f"segment {cfg.segment!r} needs breaks, the ids that end one")
-        ema = copy(policy)
+        ema, capacity = copy(policy), len(range(rank, cfg.buffer_size, processes))
         return cls(
             policy=policy, ema=ema, generator=generator or ema, eos=tuple(eos), processes=processes,
             reference=copy(policy) if cfg.loss in WITH_REFERENCE else None,
             optimizer=optimizer or torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0),
-            buffer=ReplayBuffer(cfg.buffer_size // processes, seed, cfg.replay),
-            cut_rng=np.random.default_rng(seed), sample_rng=torch.Generator().manual_seed(seed),
-            **more)
+            buffer=ReplayBuffer(capacity, stream(seed, "draws", rank), cfg.replay),
+            cut_rng=np.random.default_rng(stream(seed, "cuts", rank)),
+            sample_rng=torch.Generator().manual_seed(stream(seed, "sampler", rank)), **more)
 
     def models(self):
         """{name: model} of those a checkpoint must hold; the EMA gives the generator."""

@@ -11,8 +11,7 @@ Leaves out the method (sapo.py) and what a real run needs around it (machine/). 
 import dataclasses
 import math
 import os
-import shlex
-import signal
+import secrets
 import sys
 import time
 import traceback
@@ -20,9 +19,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from machine import process
+
+if __name__ == "__main__":
+    process.begin()              # what follows takes seconds
+
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from buffer import Pair, collate, pack, unpack
@@ -35,9 +38,10 @@ from machine.folders import (blank, load_pretrained, plain_weights, read_weights
                              save_pretrained, stored_weights)
 from machine.inputs import read_inputs
 from machine.parallel import World, load_weights, starting_model, twin_of, wrap
-from machine.report import (Evaluation, Log, Moved, draw_curves, eval_pairs, model_card, one_line, pair_text,
-                            passes, print_profile, print_sample, print_table, show_pair, show_rows,
-                            write_samples, write_whole)
+from machine.process import Diverged, Stopped, signals
+from machine.report import (Evaluation, Log, Moved, draw_curves, eval_pairs, model_card, pair_text, passes,
+                            print_profile, print_sample, print_table, show_pair, show_rows, write_samples,
+                            write_whole)
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 
@@ -46,25 +50,18 @@ KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on",  
 OF_ALL = {"buffer/size", "gen/tokens_per_second", "gen/tokens", "train/tokens"}    # of all processes together
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved."""
-    code = 0
-
-
-class Diverged(Exception):
-    """Too many steps in a row were not finite."""
-    code = 3
-
-
 # ------------------------------------------------------------------------------- one step
 def learning_rate(step, steps, cfg, peak):
-    """Linear warm-up to `peak`, then the decay. step counts from 0; linear ends above 0."""
+    """Linear warm-up to `peak`, then the decay. step counts from 0; linear ends above 0.
+
+    As transformers', but that the warm-up is a step ahead: theirs wastes the first step on a rate of 0.
+    """
     warmup = int(cfg.warmup) if not cfg.warmup.endswith("%") else round(steps * float(cfg.warmup[:-1]) / 100)
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done, scale = (step - warmup) / max(1, steps - warmup), warmup or 10_000
     decay = {"linear": max(0.0, 1 - done), "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done))),
-             "inverse_sqrt": math.sqrt(max(1, warmup) / max(1, step)), "constant": 1.0}
+             "inverse_sqrt": math.sqrt(scale / (scale + step - warmup)), "constant": 1.0}
     return peak * decay[cfg.lr_scheduler]
 
 
@@ -103,9 +100,8 @@ class Run:
         self.cfg, self.text = self.inputs.cfg, self.inputs.text
         self.data, self.steps = self.inputs.data[0], self.inputs.steps
         self.out, self.lock = Path(self.cfg.out), None
-        self.again = f"python train.py --resume {shlex.quote(str(self.out))}"
-        self.began, self.asked = time.monotonic(), None          # `asked`: the signal that asked to stop
-        self.state, self.sft_step = None, 0
+        self.began, self.sft_step = time.monotonic(), 0
+        self.state = self.evaluation = None
         self.bad_steps, self.saved = 0, None
         self.table, self.answers = {}, {}                        # {model: {metric: value}}, {model: [text]}
         self.tokens = {"gen/num_tokens": 0.0, "train/num_tokens": 0.0}       # since the start
@@ -119,8 +115,7 @@ class Run:
     def train(self):
         cfg, world = self.cfg, self.world
         inputs = self.inputs
-        world.together(lambda: world.first and self.claim())
-        self.log = Log(self.out, world.first)
+        world.together(self.claim)
         for note in dict.fromkeys(data.note for data in inputs.data):
             self.log.say(note)
         if inputs.notes:
@@ -135,6 +130,7 @@ class Run:
         self.stands_on = checkpoint.foundations(self.out, frozen, inputs.fingerprints(), world)
         self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, bool(self.resume))
         self.introduce()
+        signals.at_once = False                  # from here on there is something to save
         if found:
             self.load(found)
         else:
@@ -143,7 +139,7 @@ class Run:
         if self.state is None:
             self.sft()
             self.begin_sapo()
-            pairs = eval_pairs(inputs.data[1], self.state.generator, cfg, self.text, world)
+            pairs = eval_pairs(inputs.data[1], self.state.generator, cfg, self.text, world, self.poll_or_stop)
             self.evaluation = self.evaluation_of(pairs)
         if self.state.step == 0 or cfg.eval_every and self.state.step % cfg.eval_every == 0:
             self.evaluate()                      # perhaps stopped while it evaluated
@@ -153,10 +149,11 @@ class Run:
 
     def claim(self):
         """Make the run folder, or clear up an old one, and hold it."""
-        if not self.resume:
-            self.inputs.new_run()
-        self.lock = checkpoint.lock(self.out)
-        checkpoint.clear_up(self.out)
+        if self.world.first:
+            self.lock = checkpoint.lock(self.out) if self.resume else self.inputs.new_run()
+            checkpoint.clear_up(self.out)
+        self.log = Log(self.out, self.world.first)
+        signals.again = signals.again or process.command("--resume", self.out)
 
     def introduce(self):
         size = sum(p.numel() for p in self.model.parameters())
@@ -169,7 +166,8 @@ class Run:
         self.policy = wrap(self.model, self.world, self.cfg)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, self.cfg.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.draw = Draw(self.inputs.data[2], self.cfg.sft_batch_size, self.cfg.seed, self.world)
+        cfg = self.cfg
+        self.draw = Draw(self.inputs.data[2], cfg.sft_batch_size, cfg.seed, self.world, "SFT order")
 
     def begin_sapo(self):
         """theta_ema = pi_ref = theta, an empty buffer, generators of this process's own."""
@@ -180,7 +178,7 @@ class Run:
         if cfg.shard or self.half is torch.bfloat16 and not cfg.lora:      # whole, in a dtype that is fast
             generator = blank(self.inputs.config, self.half).to(world.device).requires_grad_(False)
         self.state = State.start(
-            self.policy, cfg, self.text.eos, cfg.seed + world.rank, vocab=self.text.vocab,
+            self.policy, cfg, self.text.eos, cfg.seed, rank=world.rank, vocab=self.text.vocab,
             breaks=self.text.breaks(cfg.segment),
             optimizer=self.optimizer, generator=generator, processes=world.size,
             copy=lambda _: twin_of(self.model, cfg, world, self.half),
@@ -202,11 +200,12 @@ class Run:
                 line = after(number, metrics | {"learning_rate": lr})
                 bar.set_postfix_str(line, refresh=False)
                 bar.update()
-                self.count_bad(name, number, metrics, bad_rows)
+                self.count_bad(name, number, steps, metrics, bad_rows)
                 self.save_or_stop(name, number, steps)
 
-    def count_bad(self, name, number, metrics, bad_rows):
-        """Count steps in a row whose gradient was not finite, as all processes do; Diverged if too many."""
+    def count_bad(self, name, number, steps, metrics, bad_rows):
+        """Count steps in a row whose gradient was not finite, as all processes do; Diverged if they are too
+        many, or all there are."""
         if math.isfinite(metrics["grad_norm"]):
             self.bad_steps = 0
             return
@@ -216,7 +215,7 @@ class Run:
         places = "; ".join(data.places[row] for row in rows) or "no row"
         self.log.say(f"{name} step {number}: the gradient is not finite and changed nothing; loss not finite "
                      f"for {places}")
-        if self.bad_steps >= self.cfg.max_bad_steps:
+        if self.bad_steps >= min(self.cfg.max_bad_steps, steps):
             raise Diverged(f"{self.bad_steps} steps in a row had a gradient that is not finite; what "
                            f"{self.out} holds is from before; look at the rows named above, or lower --lr")
 
@@ -228,7 +227,7 @@ class Run:
             how = " and saved; go on"
             if self.bad_steps:
                 how = ", whose gradient was not finite; go on from the checkpoint before"
-            raise Stopped(f"stopped after {name} step {number}{how} with: {self.again}")
+            raise Stopped(f"stopped after {name} step {number}{how} with: {signals.again}")
 
     def sft(self):
         cfg = self.cfg
@@ -303,6 +302,9 @@ class Run:
         if self.cfg.shard:
             copy_parameters(state.generator, state.ema)
         self.evaluated = state.step
+        if state.step == 0 and not math.isfinite(self.table["start"]["nll"]):
+            raise BadInput("the NLL of the held-out rows is not finite before the first step: the weights of "
+                           "--model are not sound, or --sft-lr is too high")
         values = {f"eval/{name}/{key}": value for name in models for key, value in self.table[name].items()}
         self.log.write("metrics", {"step": state.step, **values})
         self.spend("evaluate", began)
@@ -351,8 +353,7 @@ class Run:
         self.draw.batch = shared["draw"]
         if self.state:
             owns = [checkpoint.from_disk(folder, f"rank-{i}") for i in range(shared["world_size"])]
-            seed = [self.cfg.seed, shared["step"], world.rank]
-            own = checkpoint.redistribute(owns, self.cfg.batch_size, seed, world)
+            own = checkpoint.redistribute(owns, self.cfg.batch_size, self.cfg.seed, shared["step"], world)
             self.state.load_state_dict({"shared": shared, "own": own})
             copy_parameters(self.state.generator, self.state.ema)
             self.evaluation = self.evaluation_of(unpack(own["eval_pairs"]), own["gaps"])
@@ -363,12 +364,13 @@ class Run:
     def poll(self):
         """True on all processes once one has got a signal or time is up. All call it equally often."""
         late = self.cfg.max_minutes and time.monotonic() - self.began > 60 * self.cfg.max_minutes
-        return self.world.sum([bool(self.asked or late)])[0] > 0
+        return self.world.sum([bool(signals.asked or late)])[0] > 0
 
     def poll_or_stop(self):
         if self.poll():
-            self.save()
-            raise Stopped(f"stopped and saved; go on with: {self.again}")
+            if self.evaluation:                  # else SAPO has not begun, and what went before is saved
+                self.save()
+            raise Stopped(f"stopped and saved; go on with: {signals.again}")
 
     def spend(self, stage, began):
         self.spent[stage] = self.spent.get(stage, 0.0) + time.monotonic() - began
@@ -434,65 +436,32 @@ class Run:
 
 
 # ---------------------------------------------------------------------------- the command
-def say(kind, text, always=False):
-    """One line on the error stream, from the first process alone unless `always`."""
-    if always or int(os.environ.get("RANK", 0)) == 0:
-        print(kind + one_line(str(text), 700), file=sys.stderr)
-
-
 def begin(argv, world):
-    """The Run of a command line, which signals ask to stop; a second SIGINT stops at once."""
+    """The Run of a command line, which signals end at once while it prepares."""
+    signals.stop_at_once()
     command = world.together(lambda: parse(argv, __doc__))
     world.place(command.cfg.device)
-    default = f"runs/{command.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    signals.again = process.command(*argv) if command.resume else ""         # with what was changed
+    default = f"runs/{command.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     out = world.all(command.cfg.out or default)[0]
-    run = Run(command._replace(cfg=dataclasses.replace(command.cfg, out=out)), world)
-    if command.resume:           # with what was changed
-        run.again = "python train.py " + shlex.join(argv)
-
-    def ask(signum, frame):
-        if run.asked == signal.SIGINT == signum:
-            raise KeyboardInterrupt
-        run.asked = signum
-
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):      # Windows lacks the last two
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), ask)
-    return run
+    return Run(command._replace(cfg=dataclasses.replace(command.cfg, out=out)), world)
 
 
 def main(argv=None):
     """Run a command line: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged, 130 interrupted."""
     world = run = None
-    together = False             # whether all processes end here, and for the same reason
-    try:
+    with process.Ending() as ending:
         world = World(None)
         run = begin(sys.argv[1:] if argv is None else argv, world)
         run.train()
-        together = True
-        return 0
-    except (BadInput, Stopped, Diverged) as end:
-        together = True
-        say("error: " if end.code else "", end)
-        return end.code
-    except (OSError, SafetensorError) as error:
-        saved = run and run.out.exists()
-        kept = f"what was saved before is whole: {run.again}" if saved else "nothing was written"
-        say("error: ", f"{error}; {kept}", always=True)
-        return 1
-    except KeyboardInterrupt:
-        say("error: ", "stopped at once; the last checkpoint stands")
-        return 130
-    finally:
-        if run and run.lock:
-            run.lock.close()
-        if world and together:   # NCCL's farewell waits for all; torchrun ends the others when one has left
-            world.close()
+    if run and run.lock:
+        run.lock.close()
+    if world and ending.together:    # NCCL's farewell waits for all; torchrun ends others when one has left
+        world.close()
+    return ending.code
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")     # a screen that cannot show a character shows a ?
     try:
         code = main()
     except Exception:

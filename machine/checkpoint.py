@@ -8,6 +8,8 @@ whole or not there. Rank 0 writes, and gathers shards one tensor at a time.
 import contextlib
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buffer import pack, unpack
-from machine.files import BadInput, flush, new_folder, read_json, write_json
+from machine.files import BadInput, flush, new_folder, plain_file, read_json, write_json
 from machine.parallel import shard_like
 from model import own_parameters, unshard
+from sapo import stream
 
 
 # ------------------------------------------------------------------------------- one part
@@ -110,25 +113,30 @@ def write_checkpoint(folder, parts, keep, world):
             write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in files})
     if world.first:
         flush(folder.parent.parent)
-        old = [p for p in folder.parent.glob("step-*") if p.name <= folder.name]     # a later one is torn
-        for path in sorted(old)[:-keep]:
-            shutil.rmtree(path, ignore_errors=True)
+        names = [path.name for path in checkpoints(folder.parent.parent)]
+        for path in checkpoints(folder.parent.parent)[:names.index(folder.name) + 1][:-keep]:
+            shutil.rmtree(path, ignore_errors=True)      # one that is later than this is torn
     world.all(None)
 
 
-def checksum(path, size=None):
-    """SHA-256 of a file, or of its first `size` bytes."""
-    with open(path, "rb") as f:
-        digest = hashlib.sha256(f.read(size)) if size else hashlib.file_digest(f, "sha256")
-        return digest.hexdigest()
+def checkpoints(out):
+    """The folders checkpoint/step-N of a run, the oldest first; any other name is somebody's own."""
+    found = [path for path in (out / "checkpoint").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def checksum(path):
+    """SHA-256 of a file of a run."""
+    with open(plain_file(path), "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def newest_checkpoint(out):
     """The newest sound checkpoint of a run, or None if there is none; a torn one is named and passed over."""
-    folders = sorted((out / "checkpoint").glob("step-*"), reverse=True)
-    for folder in folders:
+    folders = checkpoints(out)
+    for folder in reversed(folders):
         try:
-            manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+            manifest = json.loads(plain_file(folder / "manifest.json").read_text("utf-8"))
             for name in {*manifest, "shared.json", "shared.safetensors", "rank-0.json", "rank-0.safetensors"}:
                 if [(folder / name).stat().st_size, checksum(folder / name)] != manifest.get(name):
                     raise ValueError(f"{name} is not what was written")
@@ -157,14 +165,17 @@ def lock(out):
     """Take a run folder, until the file that this returns is closed; BadInput if another process has it."""
     with contextlib.suppress(ImportError):               # not on Windows
         import fcntl
-        file = open(out / "config.json", "rb")
+        file = open(out / "config.json", "r+b")          # NFS locks what may be written
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise BadInput(f"{out}: another process writes this run; wait for it, or stop it first") from None
+            there = os.path.samestat(os.fstat(file.fileno()), os.stat(out / "config.json"))
+        except (BlockingIOError, FileNotFoundError):
+            there = False
         except OSError:                                  # a file system without locks
-            pass
+            there = True
+        if not there:                                    # held, or replaced since it was opened
+            file.close()
+            raise BadInput(f"{out}: another process writes this run; wait for it, or stop it first")
         return file
 
 
@@ -172,38 +183,48 @@ def may_write(out, overwrite, inputs):
     """Refuse to write over anything. inputs: {flag: path} of what a run reads, and must not replace."""
     try:
         with contextlib.suppress(FileNotFoundError):
-            out.with_name(f".{out.name}.tmp").lstat()    # where the folder begins to be written
+            out.with_name(f".{out.name}.12345678.tmp").lstat()       # where the folder begins to be written
         next(p for p in out.resolve().parents if p.exists())
     except (OSError, ValueError) as error:               # too long, with a NUL, below a file, no name at all
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"--out {out}: no folder can be made there ({reason}); choose another name") from None
     if not out.is_symlink() and (not out.exists() or out.is_dir() and not any(out.iterdir())):
         return
-    if out.is_symlink() or not (out / "config.json").is_file() or not (out / "source").is_dir():
-        raise BadInput(f"--out {out} exists and is not a run folder; it is not replaced even with "
-                       "--overwrite; choose another name")
-    if not overwrite:
-        raise BadInput(f"--out {out} exists; choose another name, go on with --resume {out}, or replace it "
-                       "with --overwrite")
-    held = lock(out)
-    if held:
-        held.close()
-    for flag, path in inputs.items():
-        if path and Path(path).resolve().is_relative_to(out.resolve()):
-            raise BadInput(f"--out {out} would be replaced, and with it {flag} {path}; choose another name")
+    ours = not out.is_symlink() and (out / "config.json").is_file() and (out / "source").is_dir()
+    inside = ""
+    for flag, paths in inputs.items():
+        for path in filter(None, paths.split(",")):
+            if Path(path).resolve().is_relative_to(out.resolve()):
+                inside = f"{flag} {path}"
+    for broken, sentence in (
+            (not ours, "exists and is not a run folder; it is not replaced even with --overwrite"),
+            (not overwrite, f"exists; go on with --resume {out}, replace it with --overwrite"),
+            (inside, f"would be replaced, and with it {inside}")):
+        if broken:
+            raise BadInput(f"--out {out} {sentence}; or choose another name")
 
 
-def new_run(out, files, config, run):
-    """A run folder with source/ (the model's companion files and config.json) and config.json (`run`)."""
+def new_run(out, files, config, run, overwrite):
+    """Make a run folder with source/ (the model's companion files and config.json) and config.json (`run`).
+    Returns its lock. With `overwrite` a run that has the name makes way, unless another process holds it."""
     import importlib.metadata as metadata
     libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in libraries}
-    with new_folder(out) as temporary:
+    replaced = None
+    with new_folder(out, claim=True) as temporary:
         (temporary / "source").mkdir()
         for name, content in files.items():
             (temporary / "source" / name).write_bytes(content)
         write_json(temporary / "source" / "config.json", config)
         write_json(temporary / "config.json", run | {"versions": versions})
+        held, old = lock(temporary), temporary.with_suffix(".old")
+        if overwrite and (out / "config.json").is_file():
+            replaced = lock(out)
+            out.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+    if replaced:
+        replaced.close()
+    return held
 
 
 def origin_of(out):
@@ -233,23 +254,26 @@ def foundations(out, base, fingerprints, world):
         found = {str(path.relative_to(out)): checksum(path) for path in files}
     found = world.all(found)[0] | fingerprints
     if base:
-        files = sorted(base.glob("*.safetensors"))
-        found["model"] = [[path.name, path.stat().st_size, checksum(path, 2**24)] for path in files]
+        here = world.local == 0                          # once a node, for its processes
+        found["model"] = {path.name: checksum(path.resolve()) for path in base.glob("*.safetensors") if here}
+        found["model"] = world.all(found["model"])[world.rank - world.local]
     return found
 
 
-def redistribute(parts, batch_size, seed, world):
+def redistribute(parts, batch_size, seed, step, world):
     """This process's own part of a run saved by len(parts) processes, dealt out again if that number changed.
 
     Buffer: all pairs, oldest first, one to each process in turn. Ahead: likewise, batch by batch. Evaluation:
-    by row. No pair is lost or doubled. Generators are new then, from `seed`; else they go on bit for bit.
+    by row. No pair is lost or doubled. Generators are new then, as seed and step say; else they go on bit for
+    bit.
     """
     if len(parts) == world.size:
         return parts[world.rank]
-    mine, rng = slice(world.rank, None, world.size), np.random.default_rng(seed)
+    mine, places = slice(world.rank, None, world.size), range(sum(p["buffer"]["capacity"] for p in parts))
+    place = (world.rank, step)
     pairs = [pair for part in parts for pair in unpack(part["buffer"]["pairs"])]
-    buffer = {"capacity": sum(part["buffer"]["capacity"] for part in parts) // world.size,
-              "pairs": pack(sorted(pairs, key=lambda p: p.step)[mine]), "rng": rng.bit_generator.state}
+    buffer = {"capacity": len(places[mine]), "pairs": pack(sorted(pairs, key=lambda p: p.step)[mine]),
+              "rng": np.random.default_rng(stream(seed, "draws", *place)).bit_generator.state}
 
     waiting, each = [unpack(part["ahead"]) for part in parts], batch_size // len(parts)
     ahead = []
@@ -262,7 +286,7 @@ def redistribute(parts, batch_size, seed, world):
         pairs = unpack(part["eval_pairs"])
         held += zip(pairs, part["gaps"] or [None] * len(pairs))
     held = sorted(held, key=lambda x: x[0].row)[mine]
-    sampler = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**62)))
-    return {"buffer": buffer, "ahead": pack(ahead), "cut_rng": rng.bit_generator.state,
-            "sample_rng": sampler.get_state(), "eval_pairs": pack([pair for pair, _ in held]),
-            "gaps": [gap for _, gap in held if gap is not None]}
+    return {"buffer": buffer, "ahead": pack(ahead), "eval_pairs": pack([pair for pair, _ in held]),
+            "gaps": [gap for _, gap in held if gap is not None],
+            "cut_rng": np.random.default_rng(stream(seed, "cuts", *place)).bit_generator.state,
+            "sample_rng": torch.Generator().manual_seed(stream(seed, "sampler", *place)).get_state()}

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from machine.files import BadInput
 from machine.text import Remarks
-from sapo import Example
+from sapo import Example, stream
 
 
 class Data:
@@ -25,7 +25,10 @@ class Data:
         remarks, quiet = Remarks(), not show or len(rows) < 5000
         for start in tqdm(range(0, len(rows), 1000), desc=f"tokenising {name}", disable=quiet, leave=False):
             part = rows[start:start + 1000]
-            for row, ids in zip(part, text.encode(part, remarks)):
+            encoded = text.encode(part, remarks)
+            if not start and text.encode(part[:20], Remarks()) != encoded[:20]:
+                raise BadInput(f"{name}: the chat template draws at random: rows give other tokens each time")
+            for row, ids in zip(part, encoded):
                 if ids:
                     self._add(row, *ids)
         remarks.refuse()
@@ -112,9 +115,9 @@ class Draw:
     position is one number, and no row is left out or seen twice within an epoch, however many processes.
     """
 
-    def __init__(self, data, batch_size, seed, world):
+    def __init__(self, data, batch_size, seed, world, purpose="order"):
         self.data, self.batch_size = data, batch_size
-        self.seed, self.world = seed, world
+        self.world, self.stream = world, functools.partial(stream, seed, purpose)
         self.batch = 0
 
     def __call__(self, n):
@@ -130,4 +133,4 @@ class Draw:
 
     @functools.lru_cache(maxsize=2)
     def _order(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.data))
+        return np.random.default_rng(self.stream(epoch)).permutation(len(self.data))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import sys
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ def parse_json(content, where, objects=None):
 def read_json(path, what="file"):
     """The value of a JSON file, or BadInput."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise BadInput(f"{path}: not a file")        # a pipe would be waited for
         return parse_json(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file; a {what} needs it") from None
@@ -53,35 +56,63 @@ def write_json(path, value):
     """Pretty JSON, through a temporary name."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.write_text(to_json(value, indent=2) + "\n", "utf-8")
     temporary.replace(path)
 
 
+def to_json(value, **how):
+    """A value as JSON, which has null for a number that is not finite."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(value, ensure_ascii=False, **how)
+
+
+def plain_file(path):
+    """The path of a run's file, if it is one or there is none. BadInput otherwise: a pipe would be waited for,
+    and a link leads elsewhere."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise BadInput(f"{path}: not a plain file; put back what the run wrote")
+    return path
+
+
 @contextmanager
-def new_folder(folder):
+def new_folder(folder, claim=False):
     """A temporary folder to write into, named `folder` at the end, once the disk holds it: whole or not
     there.
 
-    What had that name is moved aside before, and deleted after. What fails is deleted: a full disk needs
-    room.
+    What had that name is moved aside before, and deleted after. With `claim` it stays: the name must be free,
+    or an empty folder's, and one of several processes gets it, in one step, the others BadInput. What fails
+    is deleted: a full disk needs room.
     """
     folder = Path(folder)
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    own = f".{secrets.token_hex(4)}" if claim else ""
+    temporary, old = folder.with_name(f".{folder.name}{own}.tmp"), folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             flush(path)
-        if folder.exists():
+        if folder.exists() and not claim:
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-        temporary.rename(folder)
+        take_name(temporary, folder)
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def take_name(temporary, folder):
+    """Rename a folder. A system refuses that where `folder` holds anything, or (Windows) is there at all."""
+    try:
+        with suppress(OSError):
+            folder.rmdir()                               # if it is empty
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise BadInput(f"{folder}: another process has just taken this name; choose another") from None
 
 
 def flush(path):

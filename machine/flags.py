@@ -86,7 +86,10 @@ PRESETS = {
         sft_lr=4e-3, sft_batch_size=16, steps=120, batch_size=16, micro_batch=16, segment="12", lr=1e-4,
         buffer_size=256, optimizer="adamw", max_prompt_length=48, max_length=160, eval_tokens=80,
         eval_every=30, save_every=60)}
-MAY_CHANGE = {      # on --resume, like the number of processes
+PATHS = ("model", "data", "eval_data", "sft_data", "chat_template")
+LAYOUT = 2          # of a run folder, and of how its random streams are seeded: a run goes on in its own only
+MAY_CHANGE = {      # on --resume, like the number of processes; what is in moved data must be what it was
+    "data", "eval_data", "sft_data",
     "out", "overwrite", "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "max_minutes",
     "max_bad_steps", "save_dtype", "device", "shard", "micro_batch", "generate_ahead", "generate_rows",
     "gradient_checkpointing"}
@@ -137,12 +140,16 @@ def parse(argv, doc=None):
     resume = flags.pop("resume")
     if resume and (preset or config):
         raise BadInput("--resume takes its settings from the run itself; leave out --preset and --config")
+    flags |= {name: absolute(flags[name]) for name in PATHS if name in flags}
     settings, saved = {}, {}
     if resume or config:
         path = Path(resume, "config.json") if resume else config
         saved = read_json(path, "run folder" if resume else "run")
         settings = settings_of(saved, path)
     if resume:
+        if saved.get("layout") != LAYOUT:
+            raise BadInput(f"{path}: not the config.json of a run of this version, and its own alone goes on "
+                           f"with it; begin again with --config {path}")
         for name, value in flags.items():
             fixed = name not in MAY_CHANGE or name == "micro_batch" and settings.get("loss") == "rpo"
             if fixed and value != settings.get(name):
@@ -155,6 +162,12 @@ def parse(argv, doc=None):
     default = "paper-dpo" if flags.get("model") or flags.get("data") else "tiny"
     preset = preset or saved.get("preset") or default
     return Command(checked(Config(**PRESETS.get(preset, {}) | settings | flags)), preset, None)
+
+
+def absolute(value):
+    """A path, or several with commas between them, as it is from any folder, where it exists."""
+    parts = [value] if os.path.exists(value) else value.split(",")
+    return ",".join(os.path.abspath(part) if os.path.exists(part) else part for part in parts)
 
 
 def settings_of(saved, path):
@@ -209,6 +222,8 @@ def check_setting(f, value):
         wanted = f"it must be of type {kind.__name__}"
     elif value != value:
         wanted = "choose a number"
+    elif kind is str and re.search("[\ud800-\udfff]", value):
+        wanted = "it must be UTF-8 text; rename it"
     elif value not in meta.get("choices", (value,)):
         wanted = f"choose {' or '.join(meta['choices'])}"
     elif "pattern" in meta and not re.fullmatch(meta["pattern"], value):

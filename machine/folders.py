@@ -21,6 +21,8 @@ def weight_files(folder):
     """{tensor name: (file, shape, dtype)} from the safetensors headers of a model folder."""
     folder, found = Path(folder), {}
     for path, expected in _shards(folder).items():
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: not a file")        # a pipe would be waited for
         try:
             with safe_open(path, "pt") as f:
                 for name in f.keys():

@@ -10,7 +10,7 @@ from machine import checkpoint
 from machine.config import config_to_dict, read_config
 from machine.dataset import read_data
 from machine.files import BadInput
-from machine.flags import Config, flag_of, resolved
+from machine.flags import LAYOUT, PATHS, Config, flag_of, resolved
 from machine.folders import (BESIDE, WEIGHTS, check_weights, companions, find_model, refuse_links,
                              saved_dtype)
 from machine.rows import read_rows
@@ -18,6 +18,7 @@ from machine.text import Text
 from model import ModelConfig
 
 FILES = ("data", "eval_data", "sft_data")
+MOST = 100                      # times the data is a batch at most
 
 
 @dataclasses.dataclass
@@ -56,11 +57,13 @@ class Inputs:
             self.dtype = saved_dtype(self.base)
 
     def new_run(self):
-        """The run folder, with what was asked for and what it is made from."""
-        run = {"settings": dataclasses.asdict(self.cfg), "preset": self.preset, "steps": self.steps,
-               "world_size": self.processes, "model_commit": self.commit, "data": [d.note for d in self.data],
+        """The run folder, with what was asked for and what it is made from. Returns its lock."""
+        run = {"layout": LAYOUT, "settings": dataclasses.asdict(self.cfg), "preset": self.preset,
+               "steps": self.steps, "world_size": self.processes, "model_commit": self.commit,
+               "data": [d.note for d in self.data],
                "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos)}
-        checkpoint.new_run(Path(self.cfg.out), self.files, config_to_dict(self.config, self.dtype), run)
+        config = config_to_dict(self.config, self.dtype)
+        return checkpoint.new_run(Path(self.cfg.out), self.files, config, run, self.cfg.overwrite)
 
 
 def read_inputs(command, world):
@@ -69,7 +72,8 @@ def read_inputs(command, world):
     if not command.resume or command.cfg.lora:   # a checkpoint holds all weights, but not an adapter's base
         base, commit = find_model(command.cfg.model, world)
     inputs = world.together(lambda: _read(command, base, commit, world))
-    seen = world.all([inputs.fingerprints(), dataclasses.asdict(inputs.cfg)])
+    settings = {name: value for name, value in dataclasses.asdict(inputs.cfg).items() if name not in PATHS}
+    seen = world.all([inputs.fingerprints(), settings])
     if any(other != seen[0] for other in seen):  # they would take unequal numbers of steps, and wait
         raise BadInput("not all processes have the same settings and data; start every node with the same "
                        "command and the same files")
@@ -93,6 +97,10 @@ def _read(command, base, commit, world):
     text = Text(companions(source), source, config, "" if resume else cfg.chat_template)
     files, notes = (text.files, []) if resume else text.exported()       # source/ holds what was exported
     data = read_data(rows, text, cfg, world.first)
+    for name, rows, used in (("batch_size", data[0], True), ("sft_batch_size", data[2], cfg.sft_steps)):
+        size = getattr(cfg, name)
+        if used and size > MOST * len(rows):
+            raise BadInput(f"{flag_of(name)} {size} is more than {MOST} times the {len(rows)} rows; lower it")
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
         read = {flag_of(name): getattr(cfg, name) for name in ("model", "chat_template", *FILES)}

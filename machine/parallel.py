@@ -12,7 +12,7 @@ import torch.distributed as dist
 from machine.files import BadInput
 from machine.folders import blank, load_pretrained, read_weights
 from model import Transformer, add_lora, twin
-from sapo import copy_parameters
+from sapo import copy_parameters, stream
 
 
 class World:
@@ -115,7 +115,8 @@ def starting_model(cfg, config, base, world, half, blank_only=False):
 
     blank_only: one to be filled by a checkpoint. half: the dtype of an adapter's base, and of compute.
     """
-    rng, fresh = torch.Generator().manual_seed(cfg.seed), cfg.from_scratch and not blank_only
+    rng = torch.Generator().manual_seed(stream(cfg.seed, "weights"))
+    fresh = cfg.from_scratch and not blank_only
     if cfg.lora:
         model = load_pretrained(base, half, world.device)
         model = add_lora(model, cfg.lora, cfg.lora_alpha, rng, cfg.lora_projections.split(","))

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +20,32 @@ from tqdm import tqdm
 
 from buffer import collate
 from losses import score
-from machine.files import json_or_nothing
+from machine.files import json_or_nothing, plain_file, to_json
 from machine.flags import flag_of
+from machine.process import one_line
 from model import generate
-from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split
+from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split, stream
 
 
 # ----------------------------------------------------------------------------- evaluation
-def eval_pairs(data, model, cfg, text, world):
+def eval_pairs(data, model, cfg, text, world, poll):
     """This process's share of the held-out rows, as Pairs whose y- stays the same all run long.
 
     It is the data's own, or else made now by `model`, the starting one, as SAPO makes it. Every size-th row
-    is this process's, so that shares differ by one at most.
+    is this process's, so that shares differ by one at most. poll() is `Evaluation`'s.
     """
-    cut_rng = np.random.default_rng([cfg.seed, 1, world.rank])
-    sample_rng = torch.Generator().manual_seed(cfg.seed + world.rank)
+    cut_rng = np.random.default_rng(stream(cfg.seed, "held-out cuts", world.rank))
+    rng = torch.Generator().manual_seed(stream(cfg.seed, "held-out sampler", world.rank))
     mine = [data[i] for i in range(world.rank, len(data), world.size)]
     bare = [e for e in mine if e.rejected is None]
+    pairs = [pair_of_data(e) for e in mine if e.rejected is not None]
     breaks = text.breaks(cfg.segment)
     cuts = [split(e.chosen, cfg.segment, text.eos, cut_rng, breaks, cfg.after) for e in bare]
-    segments = generate_segments(model, bare, cuts, cfg, text.eos, sample_rng, text.vocab, breaks=breaks)
-    pairs = [splice(e, cut, segment, text.eos) for e, cut, segment in zip(bare, cuts, segments)]
-    pairs += [pair_of_data(e) for e in mine if e.rejected is not None]
+    for i in range(0, -(-len(data) // world.size), cfg.generate_rows):           # as often on every process
+        poll()
+        some = slice(i, i + cfg.generate_rows)
+        new = generate_segments(model, bare[some], cuts[some], cfg, text.eos, rng, text.vocab, breaks=breaks)
+        pairs += map(splice, bare[some], cuts[some], new, repeat(text.eos))
     return sorted(pairs, key=lambda p: p.row)
 
 
@@ -117,8 +122,8 @@ class Evaluation:
 
     def answers(self, model, pairs, temperature=0, top_k=0, top_p=1.0):
         """Each prompt's answer, in ids. The draws are its own: evaluating changes nothing in the run."""
-        rng, cfg = torch.Generator().manual_seed(self.cfg.seed + self.world.rank), self.cfg
-        answers = []
+        cfg, answers = self.cfg, []
+        rng = torch.Generator().manual_seed(stream(cfg.seed, "answers", self.world.rank))
         for i in range(0, max(len(pairs), self.share), cfg.generate_rows):       # as often on every process
             self.poll()
             prompts = [p.prompt for p in pairs[i:i + cfg.generate_rows]]
@@ -143,12 +148,12 @@ class Log:
     def __init__(self, folder, first):
         self.first, self.files = first, {}
         for name in ("metrics", "pairs") if first else ():
-            self.files[name] = open(folder / f"{name}.jsonl", "a", encoding="utf-8")
+            self.files[name] = open(plain_file(folder / f"{name}.jsonl"), "a", encoding="utf-8")
 
     def write(self, name, row):
         if self.first:
             rounded = {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}
-            self.files[name].write(json.dumps(rounded, ensure_ascii=False) + "\n")
+            self.files[name].write(to_json(rounded) + "\n")
             self.files[name].flush()
 
     def say(self, line):
@@ -182,12 +187,6 @@ def pair_text(pair, text):
             "C kept": pair.keeps_C or pair.stop == len(pair.chosen),
             "ids": [pair.prompt, pair.chosen, pair.rejected],
             "cuts": [pair.start, pair.stop, pair.rejected_stop]}
-
-
-def one_line(s, width):
-    """A text in one line, its middle left out. What a file says must not steer the screen."""
-    s = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(s.split()))
-    return s if len(s) <= width else s[:width // 2 - 1] + " … " + s[-(width // 2 - 2):]
 
 
 def show_pair(parts):

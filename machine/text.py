@@ -18,6 +18,7 @@ import re
 import unicodedata
 from itertools import islice
 from os.path import commonprefix
+from string import printable
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -244,6 +245,8 @@ class Text:
     def _border(self, row, opening, whole, text):
         """Where the answer begins in a conversation that does not begin with the prompt as it is rendered
         alone: behind the last turn's text and as much of what follows it as both have."""
+        if self.render(self._turns(row), True, **row.more) != opening:
+            raise BadInput("the chat template draws at random: it renders one row in several ways")
         last = self._turns(row)[-1]["content"].strip()
         other = self.render(self._turns(row) + [MARK], **row.more)
         ours, theirs = opening.rfind(last), whole.rfind(last, 0, len(commonprefix([whole, other])))
@@ -457,6 +460,11 @@ def read_tokenizer(files, folder):
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode("Some words", add_special_tokens=True)
+        grown = tokenizer.normalizer.normalize_str(printable) if tokenizer.normalizer else ""
+        if len(grown) > 100 * len(printable):
+            raise ValueError(f"its normalizer makes {len(grown):,} characters of {len(printable)}")
+        if getattr(tokenizer.model, "dropout", None):
+            raise ValueError("it has dropout: a text gets other tokens each time; set dropout to null")
         return tokenizer
     except (KeyboardInterrupt, SystemExit):
         raise

@@ -30,7 +30,7 @@ from machine.dataset import Data, Draw
 from machine.rows import Row, read_rows
 from machine.text import Text
 from machine.files import BadInput
-from machine.flags import PRESETS, Config, flag_of, kind_of, parse, resolved
+from machine.flags import LAYOUT, PRESETS, Config, flag_of, kind_of, parse, resolved
 from machine.config import read_config
 from machine.folders import BESIDE, WEIGHTS, companions, find_model, save_pretrained
 from machine.parallel import World
@@ -428,7 +428,7 @@ def test_a_paper_preset_holds_the_papers_numbers(preset, numbers):
 
 
 def saved(path, preset="paper-orpo", **settings):
-    path.write_text(json.dumps({"settings": settings, "preset": preset, "dtype": "float32"}))
+    path.write_text(json.dumps({"layout": LAYOUT, "settings": settings, "preset": preset, "dtype": "float32"}))
     return str(path)
 
 
@@ -568,7 +568,7 @@ def schedule(kind, warmup, steps, peak):
         elif kind == "cosine":
             rates.append(peak * math.cos(0.5 * math.pi * (step - warmup) / (steps - warmup)) ** 2)
         elif kind == "inverse_sqrt":
-            rates.append(peak * (warmup / step) ** 0.5 if warmup else peak / max(1, step) ** 0.5)
+            rates.append(peak * (warmup / step) ** 0.5 if warmup else peak * (10_000 / (10_000 + step)) ** 0.5)
         else:
             rates.append(peak)
     return rates

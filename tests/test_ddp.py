@@ -346,7 +346,7 @@ def test_a_run_goes_on_with_another_number_of_processes(request, four, way, befo
         request.getfixturevalue("back")
     assert four[1][:4] == [0] * 4, four[2][-3000:]
     saved = [from_disk(sorted((target / "checkpoint").glob("step-*"))[0], f"rank-{r}") for r in range(before)]      # where it went on
-    dealt = [redistribute(saved, 8, [42, 3, r], FakeWorld(r, after)) for r in range(after)]
+    dealt = [redistribute(saved, 8, 42, 3, FakeWorld(r, after)) for r in range(after)]
     assert counted(saved) == counted(dealt) and counted(saved)["buffer"].total() == counted(dealt)["buffer"].total() > 0
     shared, once = (from_disk(newest(out), "shared") for out in (target, source))
     assert shared["world_size"] == after and (shared["step"], shared["draw"]) == (once["step"], once["draw"]) == (6, 6)

@@ -28,7 +28,7 @@ import train
 from machine import folders, parallel
 from machine import text as chat
 from machine.rows import MAX_LINE
-from machine.flags import Config
+from machine.flags import LAYOUT, Config
 from machine.folders import companions, save_pretrained
 from model import Transformer
 
@@ -183,7 +183,7 @@ def a_run(settings, argv):
     """A run folder `run` whose config.json says `settings` on top of what a run with GOOD says."""
     def damage(folder):
         kept = dict(dataclasses.asdict(Config(model="model", data="rows.jsonl", out="run", steps=1, batch_size=2, buffer_size=4)))
-        write(folder / "run/config.json", {"settings": kept | settings, "preset": "paper-dpo", "dtype": "float32"})
+        write(folder / "run/config.json", {"layout": LAYOUT, "settings": kept | settings, "preset": "paper-dpo", "dtype": "float32"})
         write(folder / "run/source/x", "")
     return damage, argv.split()
 
@@ -301,7 +301,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a model name with ../": (flags("--model ../../x"), "--model ../../x", "no such folder", "hub name"),
     "a model name with a blank": ((lambda f: None, GOOD + ["--model", "my model"]), "--model my model", "hub name"),
     "a model name with NUL": ((lambda f: None, GOOD + ["--model", "mod\0el"]), "--model", "hub name"),
-    "a model that is a file": (flags("--model rows.jsonl"), "--model rows.jsonl", "no such folder"),
+    "a model that is a file": (flags("--model rows.jsonl"), "--model ", "rows.jsonl: no such folder"),
     "a data name with NUL": ((lambda f: None, GOOD + ["--data", "rows\0.jsonl"]), "rows", "cannot be read"),
 
     # -- config.json against the weights
@@ -353,7 +353,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "conversations without a chat template": (both(NO_TEMPLATE, line({"messages": [turn("user", "a"), turn("assistant", "b")]})), "--chat-template"),
     "a template file that is not there": (flags("--chat-template none.jinja"), "--chat-template none.jinja", "cannot be read"),
     "a template file that is not UTF-8": (files("--chat-template template.jinja", template=b"\xff\xfe{{ x }}"),
-                                          "--chat-template template.jinja", "cannot be read"),
+                                          "--chat-template ", "template.jinja: cannot be read"),
     "a template that is not Jinja": (template("{% for m in messages %}{{ m.content }}"), "not valid Jinja"),
     "a template that is a number": (both(NO_TEMPLATE, edit("tokenizer_config", chat_template=7)), "chat_template is not text"),
     "a template that makes a book of a line": (template(f"{{{{ 'a' * {SHORT + 1} }}}}"), "chat template makes 10,001 characters",
@@ -374,7 +374,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a file to be replaced": (flags("--out rows.jsonl --overwrite"), "--out rows.jsonl", "not a run folder", "another name"),
     "a run to be replaced that holds the model": (both(a_run({}, ""), (lambda f: (f / "model").rename(f / "run/model"),
                                                        GOOD + "--model run/model --out run --overwrite".split())),
-                                                  "--out run", "--model run/model", "another name"),
+                                                  "--out run", "run/model; or choose another name"),
     "the folder one stands in": (flags("--out ."), "--out .", "another name"),
     "a run folder whose name has NUL": ((lambda f: None, GOOD + ["--out", "o\0ut"]), "--out", "null byte", "another name"),
     "a run folder whose name is too long": (flags("--out " + "o" * 300), "--out", "too long", "another name"),
