@@ -67,8 +67,8 @@ def to_json(value, **how):
 
 
 def plain_file(path):
-    """The path of a run's file, if it is one or there is none. BadInput otherwise: a pipe would be waited for,
-    and a link leads elsewhere."""
+    """The path of a run's file, if it is one or there is none. BadInput otherwise: a pipe would be waited
+    for, and a link leads elsewhere."""
     if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
         raise BadInput(f"{path}: not a plain file; put back what the run wrote")
     return path

@@ -1,7 +1,7 @@
 """Broken and hostile files, thousands of them: each must be taken, or refused in one line that a person can read.
 
-    python tools/fuzz.py all                 20,000 data lines, 2,000 of each JSON file, 1,000 headers, 500 templates
-    python tools/fuzz.py lines 500 --from 7  cases 7 to 506 of one kind: lines, configs, headers or templates
+    python tools/fuzz.py all                 20,000 data lines, 2,000 of each JSON file, 1,000 headers, 500 templates, 600 tokenizers
+    python tools/fuzz.py lines 500 --from 7  cases 7 to 506 of one kind: lines, configs, headers, templates or tokenizers
 
 A case is a sound folder or data file in which one file was damaged, as a generator seeded by kind and number decides.
 It goes through train.main, with only the training itself left out, and in one case of 23 with the training as well
@@ -9,8 +9,9 @@ It goes through train.main, with only the training itself left out, and in one c
 Taken means exit code 0. Refused means exit code 2, a single line on standard error, and no file written. All else has
 escaped: a traceback, another exit code, more lines or control characters, more than LIMIT seconds, MEMORY bytes more.
 Escaped cases are printed with their number; what once escaped is a case of tests/test_fuzz.py, written out.
-Left out: templates made to run for ever or to fill the memory on their way, which nothing in the project stops; how
-long a text they may make is bounded (MAX_TEXT).
+A tokenizer is tried in a process of its own, with training in one case of three, for its library may end the process
+(a Rust abort, which no Python can catch): that is counted as aborted. Left out: templates made to run for ever or to fill
+the memory on their way, which nothing in the project stops; how long a text they may make is bounded (MAX_TEXT).
 """
 
 import argparse
@@ -21,6 +22,7 @@ import faulthandler
 import gzip
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -50,7 +52,7 @@ from model import ModelConfig, Transformer
 
 LIMIT = 12                  # seconds of computing a case
 MEMORY = 4 * 2**30          # bytes of address space a case
-COUNTS = {"lines": 20_000, "configs": 2000, "headers": 1000, "templates": 500}
+COUNTS = {"lines": 20_000, "configs": 2000, "headers": 1000, "templates": 500, "tokenizers": 600}
 ROWS = [{"prompt": "Who is Ada?", "chosen": "A girl with a red kite."},
         {"prompt": "Where?", "chosen": "In the park \u2014 b\u00fccher \u6f22\u5b57 \U0001f600.", "rejected": "No.",
          "verifier": {"must": ["park"], "must_not": ["rain"]}},
@@ -119,6 +121,46 @@ PIECES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\\ud
           b" " * 5000, b"{}", b'"chosen":', b"{{", b"%}"]
 
 
+WORDS = ["Who", "is", "Ada", "?", "A", "girl", "with", "a", "red", "kite", ".", "Where", "In", "the", "park", "No", "Hello", "Good", "day", "Be", "kind"]
+ENDS = {"<s>": 0, "<|end|>": 1, "<|user|>": 2, "<|assistant|>": 3, "<|system|>": 4}
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.?,<>|_ \u2581"
+
+
+def numbered(pieces):
+    return ENDS | {piece: i for i, piece in enumerate(dict.fromkeys(pieces), len(ENDS))}
+
+
+MODELS = [      # beside the tiny world's own
+    {"type": "WordLevel", "vocab": numbered(["[UNK]", *WORDS, *LETTERS]), "unk_token": "[UNK]"},
+    {"type": "WordPiece", "vocab": numbered(["[UNK]", *WORDS, *LETTERS, *("##" + c for c in LETTERS)]), "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+     "max_input_chars_per_word": 100},
+    {"type": "Unigram", "unk_id": 5, "byte_fallback": False, "vocab": [[piece, -float(i)] for piece, i in numbered(["<unk>", *WORDS, *LETTERS]).items()]},
+    {"type": "BPE", "vocab": numbered([*(f"<0x{i:02X}>" for i in range(256)), *LETTERS, "th", "the"]), "merges": [["t", "h"], ["th", "e"]], "unk_token": None,
+     "byte_fallback": True, "fuse_unk": True, "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}]
+PARTS = {"normalizer": [
+    None, {"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Strip", "strip_left": True, "strip_right": True}, {"type": "StripAccents"}, {"type": "Nmt"},
+    {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": True},
+    {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAAA"}, {"type": "Precompiled", "precompiled_charsmap": ""},
+    {"type": "Prepend", "prepend": "x" * 5000}, {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 50_000},
+    {"type": "Replace", "pattern": {"Regex": "(a|a)*b"}, "content": "y"}, {"type": "Replace", "pattern": {"Regex": ""}, "content": "zz"},
+    {"type": "Replace", "pattern": {"String": ""}, "content": ""}, {"type": "Sequence", "normalizers": [{"type": "NFD"}] * 300}],
+         "pre_tokenizer": [
+    None, {"type": "Whitespace"}, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}, {"type": "Digits", "individual_digits": True},
+    {"type": "Split", "pattern": {"Regex": "(?=(x+x+)+y)"}, "behavior": "Isolated", "invert": False}, {"type": "CharDelimiterSplit", "delimiter": "e"},
+    {"type": "Split", "pattern": {"String": ""}, "behavior": "Removed", "invert": True}, {"type": "UnicodeScripts"}, {"type": "FixedLength", "length": 0}],
+         "post_processor": [
+    None, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}, {"type": "BertProcessing", "sep": ["<|end|>", 1], "cls": ["<s>", 0]},
+    {"type": "RobertaProcessing", "sep": ["<|end|>", 2**31], "cls": ["<s>", 0], "trim_offsets": True, "add_prefix_space": True},
+    {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+     "special_tokens": {"<s>": {"id": "<s>", "ids": [7_000_000], "tokens": ["<s>"]}}}],
+         "decoder": [None, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}, {"type": "ByteFallback"}, {"type": "Fuse"},
+                     {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}, {"type": "WordPiece", "prefix": "##", "cleanup": True},
+                     {"type": "CTC", "pad_token": "a", "word_delimiter_token": "|", "cleanup": True}, {"type": "Strip", "content": " ", "start": 2**40, "stop": 0},
+                     {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 50_000}]}
+IDS = [-1, 5, 1023, 1024, 5000, 2**31 - 1, 2**31, 2**31 + 5, 2**32, 2**63, 1.5, "7"]
+
+
 # ------------------------------------------------------------------------------------------------ damage
 
 def spoil_bytes(rng, content):
@@ -183,6 +225,34 @@ def spoil_text(rng, text):
         i = rng.choice([0, len(text), rng.randrange(len(text)), max(0, text.find("{", rng.randrange(len(text))))])
         text = text[:i] + rng.choice(SNIPPETS) + text[i:]
     return text.encode("utf-8", "surrogatepass")
+
+
+def spoil_tokenizer(rng, content):
+    """tokenizer.json with another model or another part, ids that nothing has, settings that draw or count; or spoiled as any JSON."""
+    value = json.loads(content)
+    if rng.random() < 0.6:
+        value["model"] = copy.deepcopy(rng.choice(MODELS))
+        value |= {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
+                  "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}}
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        way, model = rng.randrange(7), value["model"]
+        if way < 3:
+            part = rng.choice(sorted(PARTS))
+            value[part] = copy.deepcopy(rng.choice(PARTS[part]))
+        elif way == 3 and isinstance(model["vocab"], dict):
+            model["vocab"][rng.choice(sorted(model["vocab"]))] = rng.choice(IDS)
+        elif way == 3:
+            model["unk_id"] = rng.choice([None, *IDS])
+        elif way == 4:
+            model |= {"unk_token": rng.choice([None, "<zz>", "a"]), "dropout": rng.choice([None, 0.3, 1.0, 2.0, -1.0]), "byte_fallback": rng.random() < 0.5}
+        elif way == 5:
+            for piece in rng.sample(sorted(model["vocab"]) if isinstance(model["vocab"], dict) else range(5, 20), 9):
+                model["vocab"].pop(piece if isinstance(piece, str) else 5)
+        else:
+            value["added_tokens"].append({"id": rng.choice(IDS), "content": rng.choice(["e", "<|end|>", "<x>", ""]), "special": rng.random() < 0.5,
+                                          "single_word": False, "lstrip": True, "rstrip": False, "normalized": rng.random() < 0.5})
+    content = json.dumps(value).encode()
+    return content if rng.random() < 0.85 else spoil_json(rng, value) if rng.random() < 0.8 else spoil_bytes(rng, content)
 
 
 def spoil_header(rng, content):
@@ -256,6 +326,8 @@ class Bench:
                 (self.root / name / "tokenizer_config.json").write_text(json.dumps(settings))
         self.good = self.root / "good.jsonl"
         self.good.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+        self.plain = self.root / "plain.jsonl"           # what a small vocabulary can say
+        self.plain.write_text("".join(json.dumps({"prompt": f"Where is {name}?", "chosen": f"In the park with {name}."}) + "\n" for name in ("Ada", "Bob", "a girl")))
         folder = self.root / "llama"
         self.text = Text(companions(folder), folder, read_config(folder))
         self.cfg = Config(max_length=64, max_prompt_length=48)
@@ -284,6 +356,8 @@ class Bench:
             if file.suffix == ".json":
                 return file, spoil_json(rng, json.loads(content)) if rng.random() < 0.7 else spoil_bytes(rng, content), folder, data
             return file, spoil_header(rng, content), folder, data
+        if kind == "tokenizers":
+            return folder / "tokenizer.json", spoil_tokenizer(rng, (folder / "tokenizer.json").read_bytes()), folder, data
         folder = self.root / ("llama", "mistral")[number % 2]
         return folder / "chat_template.jinja", spoil_text(rng, rng.choice((CHATML, DATED, (folder / "chat_template.jinja").read_text()))), folder, data
 
@@ -304,6 +378,8 @@ class Bench:
         with self.put(file, content):
             if kind == "lines" and number % 46:
                 return self.watched(lambda: self.lines(data), "")
+            if kind == "tokenizers":
+                return apart(lambda: self.main(folder, self.plain, number % 3 == 0, "--eval-data", self.plain))
             return self.main(folder, data, whole=number % 23 == 0)
 
     def lines(self, data):
@@ -370,13 +446,31 @@ class Bench:
         return wrong or ("accepted" if result == 0 else "refused")
 
 
+def apart(function):
+    """What function() -> str returns in a process of its own; "aborted" where that process ends by itself."""
+    if not hasattr(os, "fork"):
+        return function()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)     # Rust tells of its end
+        os.write(writer, function().encode("utf-8", "replace")[:60_000])
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as f:
+        said = f.read().decode("utf-8", "replace")
+    status = os.waitpid(child, 0)[1]
+    return said or ("aborted" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGABRT else f"the process ended with status {status}")
+
+
 def fuzz(kind, numbers, root, say=print):
-    """Counter of accepted, refused and escaped; escaped ones are said."""
-    bench, counts = Bench(root), collections.Counter(accepted=0, refused=0, escaped=0)
+    """Counter of accepted, refused, escaped and aborted; the last two are said."""
+    bench, counts = Bench(root), collections.Counter(accepted=0, refused=0, escaped=0, aborted=0)
     for number in numbers:
         outcome = bench.run(kind, number)
         counts[outcome if outcome in counts else "escaped"] += 1
-        if outcome not in counts:
+        if outcome not in ("accepted", "refused"):
             say(f"escaped: {kind} {number}: {outcome}")
     return counts
 
@@ -393,8 +487,8 @@ def main():
         with tempfile.TemporaryDirectory() as root:
             counts = fuzz(kind, range(args.first, args.first + n), root, lambda line: print(line, flush=True))
         escaped += counts["escaped"]
-        lines.append(f"| {kind} | {n} | {counts['accepted']} | {counts['refused']} | {counts['escaped']} | {time.monotonic() - began:.0f} |")
-    print("\n| mutated | cases | accepted | refused in one line | escaped | s |\n|---|---|---|---|---|---|", *lines, sep="\n")
+        lines.append(f"| {kind} | {n} | {counts['accepted']} | {counts['refused']} | {counts['escaped']} | {counts['aborted']} | {time.monotonic() - began:.0f} |")
+    print("\n| mutated | cases | accepted | refused in one line | escaped | aborted in Rust | s |\n|---|---|---|---|---|---|---|", *lines, sep="\n")
     sys.exit(escaped > 0)
 
 
