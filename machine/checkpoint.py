@@ -113,9 +113,9 @@ def write_checkpoint(folder, parts, keep, world):
             write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in files})
     if world.first:
         flush(folder.parent.parent)
-        names = [path.name for path in checkpoints(folder.parent.parent)]
-        for path in checkpoints(folder.parent.parent)[:names.index(folder.name) + 1][:-keep]:
-            shutil.rmtree(path, ignore_errors=True)      # one that is later than this is torn
+        found = checkpoints(folder.parent.parent)
+        for path in found[:found.index(folder) + 1][:-keep]:         # a later one is torn
+            shutil.rmtree(path, ignore_errors=True)
     world.all(None)
 
 
@@ -191,15 +191,12 @@ def may_write(out, overwrite, inputs):
     if not out.is_symlink() and (not out.exists() or out.is_dir() and not any(out.iterdir())):
         return
     ours = not out.is_symlink() and (out / "config.json").is_file() and (out / "source").is_dir()
-    inside = ""
-    for flag, paths in inputs.items():
-        for path in filter(None, paths.split(",")):
-            if Path(path).resolve().is_relative_to(out.resolve()):
-                inside = f"{flag} {path}"
+    inside = [f"{flag} {path}" for flag, paths in inputs.items() for path in paths.split(",")
+              if path and Path(path).resolve().is_relative_to(out.resolve())]
     for broken, sentence in (
             (not ours, "exists and is not a run folder; it is not replaced even with --overwrite"),
             (not overwrite, f"exists; go on with --resume {out}, replace it with --overwrite"),
-            (inside, f"would be replaced, and with it {inside}")):
+            (inside, f"would be replaced, and with it {''.join(inside[:1])}")):
         if broken:
             raise BadInput(f"--out {out} {sentence}; or choose another name")
 

@@ -95,24 +95,16 @@ def new_folder(folder, claim=False):
         if folder.exists() and not claim:
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-        take_name(temporary, folder)
-        flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def take_name(temporary, folder):
-    """Rename a folder. A system refuses that where `folder` holds anything, or (Windows) is there at all."""
-    try:
         with suppress(OSError):
             folder.rmdir()                               # if it is empty
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        raise BadInput(f"{folder}: another process has just taken this name; choose another") from None
+        temporary.rename(folder)                         # which a folder that holds anything withstands
+        flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if claim and getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):
+            raise BadInput(f"{folder}: another process has just taken this name; choose another") from None
+        raise
 
 
 def flush(path):

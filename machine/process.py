@@ -36,8 +36,9 @@ class Signals:
 
     def mind(self):
         for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):              # Windows lacks the last two
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.ask)
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) != signal.SIG_IGN:        # nohup has SIGHUP ignored
+                signal.signal(number, self.ask)
 
     def ask(self, signum=None, frame=None):
         if self.asked == signal.SIGINT == signum and not self.at_once:

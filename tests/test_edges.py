@@ -486,6 +486,16 @@ def test_a_signal_while_a_run_prepares_ends_it_at_once(whole, world, tmp_path, n
         assert (out / "model").exists()
 
 
+def hung_up():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)         # what nohup does
+    at_call("sapo_step", 2, functools.partial(send, signal.SIGHUP))
+
+
+def test_a_signal_that_whoever_started_the_run_has_ignored_stops_nothing(world, whole, tmp_path):
+    assert "everything is in" in run(tmp_path / "run", *world, hook=hung_up)
+    assert not differences(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize("how", ["closed at the start", "a pipe that nobody reads", "a full device"])
 def test_a_run_goes_on_without_its_screen(world, whole, tmp_path, how):
     log = open(tmp_path / "log", "wb")

@@ -373,7 +373,7 @@ def test_other_B_and_C_leave_B_prime_the_same():
 
 
 def test_another_A_changes_B_prime():
-    cfg, data = settings(temperature=0.0), examples(30)
+    cfg, data = settings(temperature=0.0), examples(60)
     pairs = make_pairs(start(cfg), data, cfg)
     other = [e._replace(chosen=[7] * p.start + p.chosen[p.start:]) for e, p in zip(data, pairs)]
     again = make_pairs(start(cfg), other, cfg)

@@ -278,16 +278,15 @@ def races(bench, number, rng):
 
 def screen(kind):
     """What this process prints goes to a screen of that kind, as if it had been started so."""
-    if kind == "closed":
-        sys.stdout = None
-    elif kind == "a pipe that nobody reads":
+    if kind == "a pipe that nobody reads":
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
-    elif kind == "a full device":
+    if kind == "a full device":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-    else:
-        sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(i, "w", closefd=False), encoding=kind, write_through=True) for i in (1, 2))
+    encoding = "utf-8" if kind in SCREENS[-3:] else kind
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(i, "w", closefd=False), encoding, write_through=True) for i in (1, 2))
+    sys.stdout = None if kind == "closed" else sys.stdout
     process.begin()
 
 
@@ -305,7 +304,7 @@ def encodings(bench, number, rng):
 
 def limited():
     import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (15, 20))
+    resource.setrlimit(resource.RLIMIT_CPU, (8, 9))
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)
 
 
