@@ -231,7 +231,7 @@ def damage(path, way, rng, files):
     elif way == "swap":
         content = rng.choice([f for f in files if f != path]).read_bytes()
     elif way == "truncate":
-        content = content[:rng.randrange(size + 1)]
+        content = content[:rng.randrange(size or 1)]
     path.unlink()
     if way == "FIFO":
         os.mkfifo(path)
