@@ -189,7 +189,7 @@ def checked(cfg):
             (not cfg.model,
              "--model is missing: a model folder or hub name (python train.py alone runs the tiny world)"),
             (not cfg.data, "--data is missing: a file of JSON lines with prompt and chosen, or messages"),
-            (cfg.buffer_size < cfg.batch_size,
+            (cfg.buffer_size < cfg.batch_size and cfg.steps != 0,
              f"--buffer-size {cfg.buffer_size} is smaller than one batch of {cfg.batch_size} pairs"),
             (cfg.device in sees and not sees[cfg.device](),
              f"--device {cfg.device}: torch sees none here; use --device cpu"),
@@ -234,6 +234,12 @@ def check_setting(f, value):
         raise BadInput(f"{flag_of(f.name)} is {value!r}; {wanted}")
 
 
+def batches(cfg):
+    """{setting: rows of a batch} of the stages that a run has."""
+    sizes = {"batch_size": cfg.batch_size} if cfg.steps != 0 else {}
+    return sizes | ({"sft_batch_size": cfg.sft_batch_size} if cfg.sft_steps else {})
+
+
 def resolved(cfg, context, processes):
     """The Config with what was left open decided by the model's context, and checked against it."""
     length = cfg.max_length or min(2048, context)
@@ -242,8 +248,7 @@ def resolved(cfg, context, processes):
         raise BadInput(f"--max-length {length} is more than the model's context of {context}")
     if prompt >= length:
         raise BadInput(f"--max-prompt-length {prompt} leaves no room for a response within {length} tokens")
-    for name in ("batch_size", "sft_batch_size") if cfg.sft_steps else ("batch_size",):
-        rows = getattr(cfg, name)
+    for name, rows in batches(cfg).items():
         if rows % processes:
             raise BadInput(f"{flag_of(name)} {rows} cannot be shared evenly by {processes} processes")
     return dataclasses.replace(cfg, max_length=length, max_prompt_length=prompt)

@@ -10,7 +10,7 @@ from machine import checkpoint
 from machine.config import config_to_dict, read_config
 from machine.dataset import read_data
 from machine.files import BadInput
-from machine.flags import LAYOUT, PATHS, Config, flag_of, resolved
+from machine.flags import LAYOUT, PATHS, Config, batches, flag_of, resolved
 from machine.folders import (BESIDE, WEIGHTS, check_weights, companions, find_model, refuse_links,
                              saved_dtype)
 from machine.rows import read_rows
@@ -97,10 +97,10 @@ def _read(command, base, commit, world):
     text = Text(companions(source), source, config, "" if resume else cfg.chat_template)
     files, notes = (text.files, []) if resume else text.exported()       # source/ holds what was exported
     data = read_data(rows, text, cfg, world.first)
-    for name, rows, used in (("batch_size", data[0], True), ("sft_batch_size", data[2], cfg.sft_steps)):
-        size = getattr(cfg, name)
-        if used and size > MOST * len(rows):
-            raise BadInput(f"{flag_of(name)} {size} is more than {MOST} times the {len(rows)} rows; lower it")
+    for name, size in batches(cfg).items():
+        rows = len(data[0] if name == "batch_size" else data[2])
+        if size > MOST * rows:
+            raise BadInput(f"{flag_of(name)} {size} is more than {MOST} times the {rows} rows; lower it")
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
         read = {flag_of(name): getattr(cfg, name) for name in ("model", "chat_template", *FILES)}

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, oracle, small_model
+from conftest import ROOT, oracle
 from safetensors.torch import load_file, save_file
 from test_crash import count_steps, plant
 from test_refusals import build
@@ -47,7 +47,7 @@ from buffer import Pair, ReplayBuffer
 from machine import checkpoint, report
 from machine.dataset import Draw
 from machine.files import BadInput
-from machine.flags import Config
+from machine.flags import Config, resolved
 from machine.parallel import World
 from machine.text import read_tokenizer
 from sapo import SAPOConfig, State
@@ -373,16 +373,15 @@ def test_a_number_far_beyond_the_data_is_refused(tmp_path, flags):
     assert code == 2 and flags.split()[0] in one_error(err)
 
 
-def test_a_batch_size_of_a_stage_that_is_left_out_refuses_nothing(world, tmp_path):
-    run(tmp_path / "run", *tuned(world, world[1], "--sft-batch-size", 10**9, "--steps", 0), hook=random_weights)
+@pytest.mark.parametrize("flags", [["--steps", 0, "--batch-size", 10**9], ["--steps", 1, "--sft-batch-size", 10**9], ["--steps", 0, "--buffer-size", 1]])
+def test_a_batch_size_of_a_stage_that_is_left_out_refuses_nothing(whole, world, tmp_path, flags):
+    run(tmp_path / "run", *tuned(world, whole / "model", *flags))
 
 
-def random_weights():
-    train.starting_model = lambda cfg, config, *more: small_model(dtype=torch.float32, **{k: getattr(config, k) for k in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")})
-    train.Run.evaluate = train.Run.finish = lambda self: None
-    from machine.inputs import Inputs
-    Inputs.find_weights = lambda self, world: None
+def test_what_a_left_out_stage_would_share_need_not_be_shared_evenly():
+    resolved(Config(batch_size=64, steps=0), 512, processes=3)
+    with pytest.raises(BadInput, match="--batch-size 64 cannot be shared evenly by 3"):
+        resolved(Config(batch_size=64, steps=1), 512, processes=3)
 
 
 def test_a_buffer_that_does_not_divide_keeps_every_place(tmp_path):

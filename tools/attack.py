@@ -325,11 +325,13 @@ def templates(bench, number, rng):
 
 def cost(folder):
     """Seconds and bytes of checkpoints: a tiny model with a growing buffer of 2,048-token pairs, then SmolLM2-135M's shape."""
-    sizes = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
-    tiny = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    sizes = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+                 max_position_embeddings=8192)
+    tiny = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16,
+                max_position_embeddings=64)
     alone, rng = World("cpu"), random.Random(0)
-    print("| model | pairs in the buffer | GB | write, s | check before resuming, s |\n|---|---|---|---|---|")
-    for name, shape, counts in (("20,000 weights", tiny, (0, 500, 1000, 2000)), ("SmolLM2-135M", sizes | {"tie_word_embeddings": True}, (0, 2000))):
+    print("| weights | pairs in the buffer | GB | write, s | check before resuming, s |\n|---|---|---|---|---|")
+    for shape, counts in ((tiny, (0, 500, 1000, 2000)), (sizes | {"tie_word_embeddings": True}, (0, 2000))):
         policy = Transformer(ModelConfig(**shape)).init_weights(torch.Generator().manual_seed(0))
         state = sapo.State.start(policy, sapo.SAPOConfig(), (1,), lr=1e-6)
         for p in policy.parameters():
@@ -339,12 +341,12 @@ def cost(folder):
             while len(state.buffer) < count:
                 chosen = [rng.randrange(49152) for _ in range(1024)]
                 state.buffer.add(Pair([rng.randrange(49152) for _ in range(1024)], chosen, chosen[:500] + [7] * 256 + chosen[756:]))
-            out = folder / f"{name}-{count}"
-            parts, began = state.state_dict(), time.monotonic()
-            checkpoint.write_checkpoint(out / "checkpoint/step-00000001", parts, 2, alone)
-            written, size = time.monotonic(), sum(p.stat().st_size for p in (out / "checkpoint/step-00000001").iterdir())
+            out, size = folder / "run", sum(p.numel() for p in policy.parameters())
+            began = time.monotonic()
+            checkpoint.write_checkpoint(out / "checkpoint/step-00000001", state.state_dict(), 2, alone)
+            written, stored = time.monotonic(), sum(p.stat().st_size for p in (out / "checkpoint/step-00000001").iterdir())
             checkpoint.newest_checkpoint(out)
-            print(f"| {name} | {count} | {size / 1e9:.3f} | {written - began:.2f} | {time.monotonic() - written:.2f} |", flush=True)
+            print(f"| {size:,} | {count} | {stored / 1e9:.3f} | {written - began:.2f} | {time.monotonic() - written:.2f} |", flush=True)
             shutil.rmtree(out)
 
 
