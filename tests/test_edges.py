@@ -118,6 +118,43 @@ def test_of_runs_that_start_together_under_one_name_one_has_it_and_the_others_ar
     assert [p.name for p in out.parent.iterdir()] == ["run"] and not differences(whole, out)
 
 
+def taken(out):
+    """A hook: the name is taken by another process in the moment when the old run has made way."""
+    original = Path.rename
+
+    def rename(path, target):
+        made = original(path, target)
+        if Path(path) == out:
+            out.mkdir()
+            (out / "other").touch()
+        return made
+
+    Path.rename, train.draw_curves = rename, lambda folder: None
+
+
+def full_disk(out):
+    """A hook: the disk is full in that moment."""
+    original = Path.rename
+
+    def rename(path, target):
+        if Path(target) == out and path.suffix == ".tmp":
+            raise OSError(28, "No space left on device")
+        return original(path, target)
+
+    Path.rename, train.draw_curves = rename, lambda folder: None
+
+
+def test_a_run_that_made_way_is_put_back_where_nothing_took_its_place(world, whole, copy):
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    one_error(run(copy, *world, "--overwrite", hook=functools.partial(full_disk, copy), code=1))
+    assert before == {p: p.read_bytes() for p in copy.parent.rglob("*") if p.is_file() and p.suffix != ".log"}
+
+
+def test_a_run_that_made_way_for_another_process_leaves_nothing_hidden(world, copy):
+    assert "another process" in one_error(run(copy, *world, "--overwrite", hook=functools.partial(taken, copy), code=2))
+    assert [p.name for p in copy.parent.iterdir() if p.suffix != ".log"] == ["copy"] and [p.name for p in copy.iterdir()] == ["other"]
+
+
 def in_the_same_second(folder):
     train.time.strftime = lambda form: "20261130-120000"
     os.chdir(folder)
