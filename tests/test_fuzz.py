@@ -13,7 +13,7 @@ def bench(tmp_path_factory):
     return fuzz.Bench(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.parametrize("kind, count", [("lines", 400), ("configs", 24), ("headers", 60), ("templates", 12)])
+@pytest.mark.parametrize("kind, count", [("lines", 400), ("configs", 24), ("headers", 60), ("templates", 12), ("tokenizers", 16)])
 def test_damaged_files_are_taken_or_refused_in_one_line(kind, count, tmp_path):
     said = []
     counts = fuzz.fuzz(kind, range(1, 1 + count), tmp_path, said.append)
