@@ -408,13 +408,13 @@ def no_lap(stage):
 
 @torch.inference_mode()
 def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, rng=None,
-             vocab=None, ban=(), lap=no_lap):
+             vocab=None, ban=(), lap=no_lap, see=no_lap):
     """Continue each prompt (a list of ids) by at most its budget, up to and including a token of
     `eos`: a list of lists. ValueError if a prompt is empty.
 
     rng: a CPU torch.Generator, not needed at temperature 0. vocab: ids from here on are never
     sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never
-    sampled. lap: called with "prefill" and "decode" after each.
+    sampled. lap(stage) is called after "prefill" and "decode", see(tokens (B,)) before the next step.
     """
     if not all(prompts):
         raise ValueError("generate needs at least one token in each prompt (BOS for an empty text)")
@@ -455,6 +455,7 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     choose()
     lap("prefill")
     for step in range(1, steps):
+        see(out[:, step - 1])
         if (device.type == "cpu" or step % 16 == 0) and bool(done.all()):  # a GPU waits to be asked
             break
         if device.type == "cpu":

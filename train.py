@@ -31,6 +31,7 @@ from tqdm import tqdm
 from buffer import Pair, collate, pack, unpack
 from losses import batch_logps, by_text
 from machine import checkpoint
+from machine.curves import draw_curves
 from machine.dataset import Draw
 from machine.files import BadInput, write_json
 from machine.flags import parse
@@ -39,8 +40,8 @@ from machine.folders import (blank, load_pretrained, plain_weights, read_weights
 from machine.inputs import read_inputs
 from machine.parallel import World, load_weights, starting_model, twin_of, wrap
 from machine.process import Diverged, Stopped, signals
-from machine.report import (Evaluation, Log, Moved, draw_curves, eval_pairs, model_card, pair_text, passes,
-                            print_profile, print_sample, print_table, show_pair, show_rows, write_samples,
+from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text, passes,
+                            print_profile, print_sample, show_pair, show_rows, table_text, write_samples,
                             write_whole)
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
@@ -56,7 +57,7 @@ def learning_rate(step, steps, cfg, peak):
 
     As transformers', but that the warm-up is a step ahead: theirs wastes the first step on a rate of 0.
     """
-    warmup = int(cfg.warmup) if not cfg.warmup.endswith("%") else round(steps * float(cfg.warmup[:-1]) / 100)
+    warmup = cfg.warmup_steps(steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     done, scale = (step - warmup) / max(1, steps - warmup), warmup or 10_000
@@ -124,17 +125,21 @@ class Run:
             self.log.say(show_rows(self.data, self.text))
         found = checkpoint.find_checkpoint(self.out, self.resume, world)
         if self.resume and not found:            # stopped before the first checkpoint: begin again
+            if (self.out / "model").is_dir():
+                raise BadInput(f"{self.out}: --keep 0 left no checkpoint of it to go on from; start from its "
+                               f"model: --model {self.out / 'model'}")
             self.resume = None
             inputs.find_weights(world)
         frozen = inputs.base if cfg.lora else None
         self.stands_on = checkpoint.foundations(self.out, frozen, inputs.fingerprints(), world)
         self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, bool(self.resume))
-        self.introduce()
+        for line in introduction(self.model, inputs, world):
+            self.log.say(line)
         signals.at_once = False                  # from here on there is something to save
         if found:
             self.load(found)
         else:
-            self.log.cut({"metrics": 0, "pairs": 0})
+            self.log.cut({"metrics": 0, "pairs": 0}, -1)
             self.begin_sft()
         if self.state is None:
             self.sft()
@@ -152,15 +157,8 @@ class Run:
         if self.world.first:
             self.lock = checkpoint.lock(self.out) if self.resume else self.inputs.new_run()
             checkpoint.clear_up(self.out)
-        self.log = Log(self.out, self.world.first)
+        self.log = Log(self.out, self.world.first, self.cfg)
         signals.again = signals.again or process.command("--resume", self.out)
-
-    def introduce(self):
-        size = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.log.say(f"{size:,} parameters, {trained:,} of them trained, {self.world.size} process(es) on "
-                     f"{self.world.device.type}, {self.cfg.sft_steps} SFT steps, {self.steps} SAPO steps of "
-                     f"{self.cfg.batch_size} pairs")
 
     def begin_sft(self):
         self.policy = wrap(self.model, self.world, self.cfg)
@@ -187,8 +185,10 @@ class Run:
         copy_parameters(self.state.generator, self.state.ema)
 
     # -- the two stages
-    def stage(self, name, done, steps, peak, step, after):
-        """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), save, perhaps stop."""
+    def stage(self, name, done, steps, peak, step, after, every):
+        """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), save, perhaps stop. A
+        line each `every` steps, under which stands what after(...) says second."""
+        pace = Pace(done, steps, every)
         show = self.world.first and sys.stderr.isatty()
         with tqdm(total=steps, initial=done, desc=name, disable=not show, unit="step", leave=False) as bar:
             for number in range(done + 1, steps + 1):
@@ -197,9 +197,12 @@ class Run:
                     group["lr"] = lr
                 metrics = self.world.mean(step())
                 bad_rows = metrics.pop("bad_rows")
-                line = after(number, metrics | {"learning_rate": lr})
+                line, more = after(number, metrics | {"learning_rate": lr})
                 bar.set_postfix_str(line, refresh=False)
                 bar.update()
+                speed = pace(number)
+                if speed:
+                    self.log.say(f"{name} step {number}/{steps}  {line}  lr {lr:.2g}  {speed}{more}")
                 self.count_bad(name, number, steps, metrics, bad_rows)
                 self.save_or_stop(name, number, steps)
 
@@ -220,6 +223,9 @@ class Run:
                            f"{self.out} holds is from before; look at the rows named above, or lower --lr")
 
     def save_or_stop(self, name, number, steps):
+        every = self.cfg.eval_every
+        if name == "SAPO" and number < steps and every and number % every == 0:
+            self.evaluate()
         stop, every = self.poll(), self.cfg.save_every
         if not self.bad_steps and (stop or number == steps or every and number % every == 0):
             self.save()
@@ -239,16 +245,15 @@ class Run:
             return metrics
 
         def after(number, metrics):
-            self.sft_step, line = number, f"loss {metrics['loss']:.3f}"
+            self.sft_step = number
             self.log.write("metrics", {"sft_step": number, **metrics})
-            if number % (10 * cfg.show_every) == 0:
-                self.log.say(f"SFT step {number}/{cfg.sft_steps}  {line}")
-            return line
+            return f"loss {metrics['loss']:.3f}", ""
 
-        self.stage("SFT", self.sft_step, cfg.sft_steps, cfg.sft_lr, step, after)
+        self.stage("SFT", self.sft_step, cfg.sft_steps, cfg.sft_lr, step, after, 10 * cfg.show_every)
 
     def sapo(self):
-        self.stage("SAPO", self.state.step, self.steps, self.cfg.lr, self.step, self.after_step)
+        self.stage("SAPO", self.state.step, self.steps, self.cfg.lr, self.step, self.after_step,
+                   self.cfg.show_every)
 
     def step(self):
         """[1] to [9], and what the machine adds to the metrics."""
@@ -273,17 +278,17 @@ class Run:
             self.tokens[name] += metrics[name.replace("num_", "")]
         log.write("metrics", {"step": number, "epoch": number * cfg.batch_size / len(self.data), **metrics,
                               **self.tokens})
-        line = (f"loss {metrics['loss']:.3f}  margin {metrics['rewards/margins']:+.3f}  "
-                f"accuracy {metrics['rewards/accuracies']:.2f}  staleness {metrics['buffer/staleness']:.1f}")
+        line = (f"loss {metrics['loss']:.3f}  reward margin {metrics['rewards/margins']:+.3f}  "
+                f"reward accuracy {metrics['rewards/accuracies']:.2f}  "
+                f"staleness {metrics['buffer/staleness']:.1f}")
+        pair = ""
         if number % cfg.show_every == 0 or number == 1:
             parts = pair_text(self.state.buffer.pairs[-1], self.text)
             log.write("pairs", parts)
-            log.say(f"step {number}/{self.steps}  {line}\n{show_pair(parts)}")
+            pair = "\n" + show_pair(parts)
         if metrics.get("ema/distance") == 0 and metrics["learning_rate"] > 0:
             log.say("warning: no parameter moved; is the learning rate below what float32 can add?")
-        if number < self.steps and cfg.eval_every and number % cfg.eval_every == 0:
-            self.evaluate()
-        return line
+        return line, pair
 
     # -- evaluation
     def evaluate(self):
@@ -306,7 +311,10 @@ class Run:
             raise BadInput("the NLL of the held-out rows is not finite before the first step: the weights of "
                            "--model are not sound, or --sft-lr is too high")
         values = {f"eval/{name}/{key}": value for name in models for key, value in self.table[name].items()}
-        self.log.write("metrics", {"step": state.step, **values})
+        self.log.write("metrics", {"step": state.step, "eval/rows": len(self.evaluation.data), **values})
+        if not full:
+            table = {name: self.table[name] for name in models}
+            self.log.say(table_text(table, f"step {state.step}: {self.evaluation.rows}"))
         self.spend("evaluate", began)
 
     # -- save and resume, signals and time
@@ -357,8 +365,8 @@ class Run:
             self.state.load_state_dict({"shared": shared, "own": own})
             copy_parameters(self.state.generator, self.state.ema)
             self.evaluation = self.evaluation_of(unpack(own["eval_pairs"]), own["gaps"])
-        self.log.cut(shared["sizes"])
         done = shared.get("step", 0)
+        self.log.cut(shared["sizes"], self.sft_step + done)
         self.log.say(f"resuming from {folder}: {self.sft_step} SFT steps, {done} SAPO steps done")
 
     def poll(self):
@@ -387,14 +395,17 @@ class Run:
             for name in ("model", "ema") if self.steps else ():
                 write_whole(out / name / "README.md", model_card(name, self.inputs, self.table, moved))
             write_json(out / "results.json", self.table)
-            write_samples(out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
+            samples = write_samples(out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
             draw_curves(out)
-            print_table(self.table)
+            print("", table_text(self.table, self.evaluation.rows), "", sep="\n")
             if moved:
                 print(moved)
-            print_sample(out / "samples.jsonl")
+            print_sample(samples)
             print_profile(time.monotonic() - self.began, self.spent, self.world.device)
             print(f"everything is in {out}")
+            if self.steps and not self.cfg.keep and (out / "checkpoint").exists():
+                (out / "checkpoint").rename(out / "checkpoint.tmp")      # half deleted, it would look torn
+                checkpoint.clear_up(out)
         self.world.all(None)
 
     def export(self, name, model):

@@ -114,7 +114,7 @@ def write_checkpoint(folder, parts, keep, world):
     if world.first:
         flush(folder.parent.parent)
         found = checkpoints(folder.parent.parent)
-        for path in found[:found.index(folder) + 1][:-keep]:         # a later one is torn
+        for path in found[:found.index(folder) + 1][:-max(1, keep)]:         # a later one is torn
             shutil.rmtree(path, ignore_errors=True)
     world.all(None)
 

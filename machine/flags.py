@@ -7,8 +7,10 @@ what does not fit together, and `resolved` decides what depends on the model. Af
 
 import argparse
 import dataclasses
+import math
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,57 +31,73 @@ class Config(SAPOConfig):
     """Every setting of a run: the method's (SAPOConfig) and the machine's. Each is a flag."""
     model: str = setting("", "folder or hub name[@revision] of the checkpoint to train")
     from_scratch: bool = setting(False, "random weights; --model then needs config.json and tokenizer only")
-    data: str = setting("", "rows to train on: files or folders of JSON lines or lists, comma-separated")
-    eval_data: str = setting("", "rows to evaluate on; without it, some of --data are held out")
-    sft_data: str = setting("", "rows of supervised fine-tuning (SFT); without it, --data")
-    out: str = setting("", "run folder; runs/<preset>-<time> without it")
-    overwrite: bool = setting(False, "replace the run folder if it exists")
     chat_template: str = setting("", "a Jinja file to use in place of the checkpoint's chat template")
-    steps: int | None = setting(None, "optimizer steps; 0: only evaluate; without it, see --epochs", low=0)
-    epochs: float = setting(4.0, "passes over the data", "paper", low=1e-9, high=1e6)
-    lr: float = setting(5e-7, "peak learning rate", "authors' code", low=0)
-    lr_scheduler: str = setting("linear", "decay after the warm-up", "authors' code", choices=SCHEDULES)
-    warmup: str = setting(
-        "10%", "steps in which the learning rate rises, or a share of them", "authors' code",
-        pattern=r"\d{1,9}|(100|\d{1,2})(\.\d+)?%", form="a number of steps, or a share such as 10%")
-    optimizer: str = setting("rmsprop", "float32 optimizer", "authors' code", choices=("adamw", "rmsprop"))
-    weight_decay: float = setting(0.0, "decoupled weight decay (adamw)", low=0)
     lora: int = setting(0, "rank of LoRA adapters; 0 trains all weights", low=0, high=4096)
     lora_alpha: float = setting(32.0, "adapters are scaled by alpha / rank", low=1e-6)
     lora_projections: str = setting(
         ",".join(PROJECTIONS), "projections that get an adapter, comma-separated",
         pattern=f"({NAMES})(,({NAMES}))*", form=f"some of {','.join(PROJECTIONS)}")
-    sft_steps: int = setting(0, "steps of SFT on chosen responses before SAPO", low=0)
-    sft_lr: float = setting(2e-5, "peak learning rate of SFT", low=0)
-    sft_batch_size: int = setting(64, "rows an SFT step, over all processes", low=1)
+    data: str = setting("", "rows to train on: files or folders of JSON lines or lists, comma-separated")
+    eval_data: str = setting("", "rows to evaluate on; without it, some of --data are held out")
+    sft_data: str = setting("", "rows of supervised fine-tuning (SFT); without it, --data")
     max_prompt_length: int | None = setting(
         None, "tokens; a longer prompt loses its left end, BOS kept; without it 7/8 of --max-length, "
         "the paper's 1792 of 2048", "paper", low=1)
+    steps: int | None = setting(None, "optimizer steps; 0: only evaluate; without it, see --epochs", low=0)
+    epochs: float = setting(4.0, "passes over the data", "paper", low=1e-9, high=1e6)
+    lr: float = setting(5e-7, "peak learning rate", "authors' code", low=0)
+    lr_scheduler: str = setting("linear", "decay after the warm-up", "authors' code", choices=SCHEDULES)
+    warmup: str = setting(
+        "10%", "steps in which the learning rate rises, or a share of them, rounded up", "authors' code",
+        pattern=r"\d{1,9}|(100|\d{1,2})(\.\d+)?%", form="a number of steps, or a share such as 10%")
+    optimizer: str = setting("rmsprop", "float32 optimizer", "authors' code", choices=("adamw", "rmsprop"))
+    weight_decay: float = setting(0.0, "decoupled weight decay (adamw)", low=0)
+    sft_steps: int = setting(0, "steps of SFT on chosen responses before SAPO", low=0)
+    sft_lr: float = setting(2e-5, "peak learning rate of SFT", low=0)
+    sft_batch_size: int = setting(64, "rows an SFT step, over all processes", low=1)
+    out: str = setting("", "run folder; runs/<preset>-<time> without it")
+    overwrite: bool = setting(False, "replace the run folder if it exists")
+    save_dtype: str = setting(
+        "float32", "of model/ and ema/: float32 is what was trained, bfloat16 takes most changes of a small "
+        "learning rate back; auto: the dtype of --model",
+        choices=("auto", "float32", "bfloat16", "float16"))
+    save_every: int = setting(100, "steps between checkpoints; 0: only between stages and at the end", low=0)
+    keep: int = setting(2, "checkpoints kept; 0: one while it trains, none once model/ is there", low=0)
+    eval_every: int = setting(0, "steps between evaluations; 0: only before and after", low=0)
+    eval_rows: int = setting(200, "rows evaluated on at most", low=1)
+    eval_tokens: int = setting(128, "tokens of an answer at most, for verifier and samples", low=1)
+    samples: int = setting(4, "prompts of the evaluation answered before and after, for reading", low=0)
+    show_every: int = setting(10, "steps between lines on the screen and pairs in pairs.jsonl; the first "
+                              "steps have lines too, and so has each minute", low=1)
+    report_to: str = setting("none", "what the metrics go to beside metrics.jsonl", "TRL",
+                             choices=("none", "tensorboard"))
     seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
     device: str = setting("auto", "cpu, cuda, mps, or auto: cuda where there is one", choices=DEVICES)
     dtype: str = setting(
         "auto", "of autocast and of the generator; weights stay float32 (LoRA's frozen base does not); "
         "auto: bfloat16 on cuda", "authors' code", choices=("auto", "float32", "bfloat16"))
-    save_dtype: str = setting(
-        "float32", "of model/ and ema/: float32 is what was trained, bfloat16 takes most changes of a small "
-        "learning rate back; auto: the dtype of --model",
-        choices=("auto", "float32", "bfloat16", "float16"))
     shard: bool = setting(False, "FSDP2: weights, EMA, reference and optimizer are sharded over processes")
     gradient_checkpointing: bool = setting(False, "recompute blocks going backward: less memory, more time")
-    save_every: int = setting(100, "steps between checkpoints; 0: only between stages and at the end", low=0)
-    keep: int = setting(2, "checkpoints kept", low=1)
-    eval_every: int = setting(0, "steps between evaluations; 0: only before and after", low=0)
-    eval_rows: int = setting(200, "rows evaluated on at most", low=1)
-    eval_tokens: int = setting(128, "tokens of an answer at most, for verifier and samples", low=1)
-    samples: int = setting(4, "prompts of the evaluation answered before and after, for reading", low=0)
-    show_every: int = setting(10, "steps between lines on the screen and pairs in pairs.jsonl", low=1)
     max_minutes: float = setting(0.0, "save and stop after so long; 0: no limit", low=0)
     max_bad_steps: int = setting(5, "steps in a row not finite that end the run with exit code 3", low=1)
 
+    def warmup_steps(self, steps):
+        """--warmup as a number of steps; a share is rounded up, as transformers does."""
+        share = self.warmup.endswith("%")
+        return math.ceil(steps * float(self.warmup[:-1]) / 100) if share else int(self.warmup)
 
+
+GROUPS = {"loss": "method", "model": "model", "data": "data", "steps": "optimisation", "out": "output",
+          "seed": "machine"}        # of --help: the first flag of each
+PAPER = dict(       # the paper's numbers; from `batch_size` on, the authors' code's
+    max_prompt_length=1792, max_length=2048, segment="256", buffer_size=2000, epochs=4.0, alpha=0.5,
+    ema_every="2", after="keep", rejected="sapo", score_on="response", nll_on="response", replay="uniform",
+    batch_size=64, temperature=0.7, top_k=50, top_p=0.95, eos_in_segment="stop", seed=42, dtype="auto")
 PRESETS = {
-    "paper-dpo": {},
-    "paper-orpo": dict(loss="orpo", lr=5e-6, lr_scheduler="inverse_sqrt", warmup="100", optimizer="adamw"),
+    "paper-dpo": PAPER | dict(loss="dpo", beta=0.1, ref_refresh="epoch", ref_from="ema", optimizer="rmsprop",
+                              lr=5e-7, lr_scheduler="linear", warmup="10%"),
+    "paper-orpo": PAPER | dict(loss="orpo", lam=0.05, optimizer="adamw",
+                               lr=5e-6, lr_scheduler="inverse_sqrt", warmup="100"),
     "tiny": dict(
         model=str(DATA / "tiny_model"), from_scratch=True, data=str(DATA / "tiny_train.jsonl"),
         eval_data=str(DATA / "tiny_test.jsonl"), sft_data=str(DATA / "tiny_base.jsonl"), sft_steps=500,
@@ -90,7 +108,7 @@ PATHS = ("model", "data", "eval_data", "sft_data", "chat_template")
 LAYOUT = 2          # of a run folder, and of how its random streams are seeded: a run goes on in its own only
 MAY_CHANGE = {      # on --resume, like the number of processes; what is in moved data must be what it was
     "data", "eval_data", "sft_data",
-    "out", "overwrite", "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "max_minutes",
+    "steps", "epochs", "save_every", "keep", "eval_every", "show_every", "report_to", "max_minutes",
     "max_bad_steps", "save_dtype", "device", "shard", "micro_batch", "generate_ahead", "generate_rows",
     "gradient_checkpointing"}
 
@@ -109,20 +127,25 @@ def kind_of(f):
 
 
 def command_line(doc):
-    """The parser: --preset, --config, --resume, and a flag for each setting."""
-    parser = Parser(prog="train.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    """The parser: --preset, --config, --resume, and a flag for each setting, in groups."""
+    parser = Parser(
+        prog="train.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog="In brackets: the default, and where it comes from.",
+        usage="python train.py [flags]\n       torchrun --nproc_per_node=8 train.py [flags]\n       "
+              "python train.py --resume RUN [flags that may change]")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; tiny without "
-                        "--model and --data, else paper-dpo")
+                        "--model and --data, else paper-dpo as far as the model's context goes")
     parser.add_argument("--config", help="config.json of an earlier run, to start from its settings")
     parser.add_argument("--resume", help="run folder to go on with")
     for f in dataclasses.fields(Config):
+        if f.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[f.name])
         default = "none" if f.default in ("", None) else f.default
         how = dict(type=kind_of(f), choices=f.metadata.get("choices"))
         if f.type is bool:
             how = dict(action=argparse.BooleanOptionalAction)
         text = f"{f.metadata['help']} [{default}; {f.metadata['source']}]".replace("%", "%%")
-        parser.add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=text, **how)
+        group.add_argument(flag_of(f.name), default=argparse.SUPPRESS, help=text, **how)
     return parser
 
 
@@ -146,6 +169,9 @@ def parse(argv, doc=None):
         path = Path(resume, "config.json") if resume else config
         saved = read_json(path, "run folder" if resume else "run")
         settings = settings_of(saved, path)
+    if resume and os.path.realpath(flags.pop("out", resume)) != os.path.realpath(resume):
+        raise BadInput("--resume goes on in the run's own folder; leave out --out, or copy the folder and "
+                       "resume the copy")
     if resume:
         if saved.get("layout") != LAYOUT:
             raise BadInput(f"{path}: not the config.json of a run of this version, and its own alone goes on "
@@ -159,9 +185,10 @@ def parse(argv, doc=None):
         cfg = checked(Config(**settings | flags | {"out": str(resume)}))
         return Command(cfg, saved.get("preset"), Path(resume))
     settings = {k: v for k, v in settings.items() if k not in ("out", "overwrite")}
-    default = "paper-dpo" if flags.get("model") or flags.get("data") else "tiny"
-    preset = preset or saved.get("preset") or default
-    return Command(checked(Config(**PRESETS.get(preset, {}) | settings | flags)), preset, None)
+    bare = not (flags.get("model") or flags.get("data"))
+    preset = preset or saved.get("preset") or ("tiny" if bare else "")     # else the defaults: paper-dpo's
+    cfg = checked(Config(**PRESETS.get(preset, {}) | settings | flags))
+    return Command(cfg, preset or "paper-dpo", None)
 
 
 def absolute(value):
@@ -203,6 +230,8 @@ def checked(cfg):
              "--loss rpo compares the pairs of a micro-batch, and --micro-batch 1 leaves none; raise it"),
             (cfg.lora and cfg.shard,
              "--lora with --shard is not implemented: adapters are small; use torchrun without --shard"),
+            (cfg.report_to == "tensorboard" and not find_spec("tensorboard"),
+             "--report-to tensorboard: it is not installed; run: pip install tensorboard"),
             (cfg.shard and "RANK" not in os.environ,
              "--shard divides the model among processes; start it with torchrun")):
         if broken:
@@ -245,9 +274,11 @@ def resolved(cfg, context, processes):
     length = cfg.max_length or min(2048, context)
     prompt = cfg.max_prompt_length or length * 7 // 8
     if length > context:
-        raise BadInput(f"--max-length {length} is more than the model's context of {context}")
+        raise BadInput(f"--max-length {length} is more than the model's context of {context}; give "
+                       f"--max-length {context} --max-prompt-length {context * 7 // 8}, or less")
     if prompt >= length:
-        raise BadInput(f"--max-prompt-length {prompt} leaves no room for a response within {length} tokens")
+        raise BadInput(f"--max-prompt-length {prompt} leaves no room for a response within {length} tokens; "
+                       f"give {length * 7 // 8}, or less")
     for name, rows in batches(cfg).items():
         if rows % processes:
             raise BadInput(f"{flag_of(name)} {rows} cannot be shared evenly by {processes} processes")

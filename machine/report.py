@@ -1,5 +1,5 @@
-"""What a run says of itself: measures on held-out rows, the log, the curves, and what is written at the
-end."""
+"""What a run says of itself: at its start, on held-out rows, in its log, and at its end. Leaves out pictures
+(curves.py)."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 from itertools import repeat
 from pathlib import Path
 
@@ -19,12 +20,31 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from buffer import collate
-from losses import score
-from machine.files import json_or_nothing, plain_file, to_json
+from losses import WITH_REFERENCE, score
+from machine.files import plain_file, to_json
 from machine.flags import flag_of
 from machine.process import one_line
 from model import generate
 from sapo import SAPOConfig, generate_segments, pair_of_data, splice, split, stream
+
+
+# ------------------------------------------------------------------------------ the start
+def introduction(model, inputs, world):
+    """What a run is about to do, line by line, and what it would be well to change before it does."""
+    cfg, steps = inputs.cfg, inputs.steps
+    size = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    yield (f"{size:,} parameters, {trained:,} of them trained, {world.size} process(es) on "
+           f"{world.device.type}, {cfg.sft_steps} SFT steps, {steps} SAPO steps of {cfg.batch_size} pairs, "
+           f"{cfg.warmup_steps(steps)} of them warm-up of the learning rate")
+    copies = 2 + (cfg.loss in WITH_REFERENCE) + (2 if cfg.optimizer == "adamw" else 1)      # all float32
+    yield (f"a checkpoint will take {trained * copies * 4 / 1e6:,.0f} MB; there will be one every "
+           f"{cfg.save_every or steps} steps, and {max(1, cfg.keep)} kept (--save-every, --keep)")
+    lengths = np.diff(inputs.data[0].ends[:, :2])[:, 0] - 1      # of y+, without its end token
+    whole = np.mean(lengths <= int(cfg.segment)) if cfg.segment.isdigit() else 0
+    if whole > 0.5 and steps and cfg.rejected == "sapo":
+        yield (f"warning: {whole:.0%} of the responses (median {np.median(lengths):.0f} tokens) are no "
+               f"longer than --segment {cfg.segment}, so they are replaced whole; give --segment 50%")
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -70,6 +90,9 @@ class Evaluation:
         self.autocast, self.poll = autocast, poll
         self.pairs, self.gaps = pairs, list(gaps)
         self.share = -(-len(self.data) // world.size)    # rows of a process, at most
+        self.rows = f"{len(self.data)} held-out rows"
+        if self.data.verifiers:
+            self.rows += f", {len(self.data.verifiers)} of them with a verifier"
 
     @torch.no_grad()
     def measure(self, model, full=True):
@@ -143,10 +166,12 @@ class Evaluation:
 
 # ------------------------------------------------------------------------------------ log
 class Log:
-    """metrics.jsonl, pairs.jsonl and the screen, by rank 0; `sizes` and `cut` keep a resumed log seamless."""
+    """metrics.jsonl, pairs.jsonl, TensorBoard and the screen, by rank 0; `sizes` and `cut` keep a resumed log
+    seamless. A step of TensorBoard's counts the steps of both stages."""
 
-    def __init__(self, folder, first):
-        self.first, self.files = first, {}
+    def __init__(self, folder, first, cfg):
+        self.folder, self.first, self.cfg = folder, first, cfg
+        self.files, self.board = {}, None
         for name in ("metrics", "pairs") if first else ():
             self.files[name] = open(plain_file(folder / f"{name}.jsonl"), "a", encoding="utf-8")
 
@@ -155,6 +180,11 @@ class Log:
             rounded = {k: float(f"{v:.8g}") if isinstance(v, float) else v for k, v in row.items()}
             self.files[name].write(to_json(rounded) + "\n")
             self.files[name].flush()
+        if self.board and name == "metrics":
+            step = row.get("sft_step") or self.cfg.sft_steps + row["step"]
+            for key in row.keys() - {"step", "sft_step"}:
+                self.board.add_scalar("SFT/" * ("sft_step" in row) + key, row[key], step)
+            self.board.flush()
 
     def say(self, line):
         if self.first:
@@ -166,14 +196,34 @@ class Log:
             os.fsync(f.fileno())
         return {name: os.path.getsize(f.name) for name, f in self.files.items()}
 
-    def cut(self, sizes):
-        """Take back what was written after a checkpoint: no line twice, none missing."""
+    def cut(self, sizes, steps):
+        """Take back what was written after a checkpoint at `steps` of both stages: no line twice, none
+        missing. TensorBoard is told to hide it."""
+        if self.first and self.cfg.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=steps + 1)
         for name, f in self.files.items():
             if os.path.getsize(f.name) < sizes[name]:
                 self.say(f"warning: {f.name} is shorter than it was; its lost lines stay lost")
                 f.truncate(Path(f.name).read_bytes().rfind(b"\n") + 1)          # half a line is none
             else:
                 f.truncate(sizes[name])
+
+
+class Pace:
+    """'0.35 s/step, 00:42 left' where a line is due: at the first steps, each `every`-th, the last, and once
+    a minute. Evaluating and saving count."""
+
+    def __init__(self, done, steps, every):
+        self.done, self.steps, self.every = done, steps, every
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, number):
+        now = time.monotonic()
+        if number not in (1, 2, 5, self.steps) and number % self.every and now - self.said < 60:
+            return ""
+        self.said, each = now, (now - self.began) / (number - self.done)
+        return f"{each:.2g} s/step, {tqdm.format_interval(each * (self.steps - number))} left"
 
 
 def pair_text(pair, text):
@@ -210,77 +260,14 @@ def show_rows(data, text, n=3):
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------- curves
-PANELS = {      # title: keys of metrics.jsonl
-    "loss": ["loss"], "reward margin (nats)": ["rewards/margins"],
-    "log-probs of the drawn pairs (nats)": ["logps/chosen", "logps/rejected"],
-    "share of drawn pairs with y+ ahead": ["rewards/accuracies"],
-    "share of y+ and y- that pass": ["pairs/chosen_verified", "pairs/rejected_verified"],
-    "where y- loses (nats)": ["pairs/segment_gap", "pairs/seam_gap"],
-    "staleness of a drawn pair (steps)": ["buffer/staleness"],
-    "held-out rows": [
-        "eval/policy/ranking_accuracy", "eval/policy/verifier/greedy", "eval/ema/verifier/greedy"],
-}
-
-
-def read_curves(folder):
-    """{panel's title: {key: (steps, values)}} of what metrics.jsonl holds."""
-    with open(folder / "metrics.jsonl", "rb") as f:
-        rows = [json_or_nothing(line, "a line of metrics.jsonl") for line in f]
-    lines = [row for row in rows if "step" in row]
-    panels = {}
-    for title, keys in PANELS.items():
-        for key in keys:
-            points = [(row["step"], row[key]) for row in lines if key in row]
-            if points:
-                panels.setdefault(title, {})[key] = np.array(points, float).T
-    return panels
-
-
-def draw_curves(folder):
-    """curves.png from metrics.jsonl: what went on, at a glance. Where it cannot be drawn, a line says why."""
-    try:
-        os.environ["MPLBACKEND"] = "agg"                 # whatever a notebook has set for itself
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(13, 5.6), layout="constrained")
-        draw_panels(read_curves(folder), figure.subplots(2, 4))
-        figure.savefig(folder / ".curves.png", dpi=100, format="png")
-        (folder / ".curves.png").replace(folder / "curves.png")
-    except Exception as error:                           # a picture never costs a run its end
-        print(f"no curves.png: {one_line(str(error), 200)}")
-
-
-def draw_panels(panels, axes):
-    """One axis for each of `read_curves`' panels."""
-    for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for key, (x, y) in curves.items():
-            label = key.removeprefix("eval/").replace("/", ": ") if "eval/" in key else key.rpartition("/")[2]
-            if len(y) > 20:                              # the line is a running mean, the points are faint
-                n = max(3, len(y) // 20)
-                points = axis.plot(x, y, ".", markersize=2, alpha=0.35)[0]
-                smooth = np.convolve(np.pad(y, (n // 2, n - 1 - n // 2), "edge"), np.ones(n) / n, "valid")
-                axis.plot(x, smooth, color=points.get_color(), label=label)
-            else:
-                axis.plot(x, y, "o-", markersize=3, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.25)
-        axis.tick_params(labelsize=8)
-        if len(curves) > 1:
-            axis.legend(fontsize=8, frameon=False)
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis in axes[1]:
-        axis.set_xlabel("step", fontsize=9)
-
-
 # -------------------------------------------------------------------------------- the end
-def print_table(table):
-    """{model: {metric: value}} as aligned text."""
+def table_text(table, rows):
+    """{model: {metric: value}} as aligned text, under a line that says what rows it is of."""
     columns = list(next(iter(table.values())))
-    print("\neval      " + "  ".join(c.rjust(max(8, len(c))) for c in columns))
+    lines = [rows, "eval      " + "  ".join(c.rjust(max(8, len(c))) for c in columns)]
     for name, row in table.items():
-        print(f"{name:<8}  " + "  ".join(f"{row[c]:.3f}".rjust(max(8, len(c))) for c in columns))
-    print()
+        lines.append(f"{name:<8}  " + "  ".join(f"{row[c]:.3f}".rjust(max(8, len(c))) for c in columns))
+    return "\n".join(lines)
 
 
 def print_profile(seconds, stages, device):
@@ -306,21 +293,20 @@ def write_whole(path, text):
 
 
 def write_samples(path, examples, text, answers):
-    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}."""
-    columns = {"prompt": [text.decode(e.prompt, True) for e in examples],
+    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}. Returns its rows."""
+    columns = {"prompt": [text.decode(e.prompt) for e in examples],
                "chosen": [text.decode(e.chosen, True) for e in examples], **answers}
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
 
 
-def print_sample(path):
+def print_sample(rows):
     """The first of samples.jsonl, before and after."""
-    with open(path, encoding="utf-8") as f:
-        for line in list(f)[:1]:
-            sample = json.loads(line)
-            print(f"prompt  {one_line(sample['prompt'], 200)}\nbefore  {one_line(sample['start'], 400)}")
-            if "policy" in sample:
-                print(f"after   {one_line(sample['policy'], 400)}")
+    for sample in rows[:1]:
+        print(f"prompt  {one_line(sample['prompt'], 200)}\nbefore  {one_line(sample['start'], 400)}")
+        if "policy" in sample:
+            print(f"after   {one_line(sample['policy'], 400)}")
 
 
 class Moved:

@@ -221,7 +221,7 @@ def test_a_run_leaves_its_files_and_nothing_else(whole):
 def test_a_backend_that_a_notebook_has_set_does_not_keep_the_curves_from_being_drawn(whole, tmp_path, backend):
     pytest.importorskip("matplotlib")
     shutil.copy(whole / "metrics.jsonl", tmp_path)
-    draw = "from pathlib import Path; from machine.report import draw_curves; draw_curves(Path(__import__('sys').argv[1]))"
+    draw = "from pathlib import Path; from machine.curves import draw_curves; draw_curves(Path(__import__('sys').argv[1]))"
     done = subprocess.run([sys.executable, "-c", draw, str(tmp_path)], cwd=ROOT, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n", done.stderr[-500:]
 
@@ -235,7 +235,7 @@ def test_a_screen_that_cannot_show_a_character_does_not_end_the_run(tmp_path):
 
 
 def test_curves_that_cannot_be_drawn_are_a_line_and_no_end(tmp_path, capsys):
-    from machine.report import draw_curves
+    from machine.curves import draw_curves
     draw_curves(tmp_path)                                # there is no metrics.jsonl
     printed = capsys.readouterr().out
     assert printed.startswith("no curves.png: ") and printed.count("\n") == 1

@@ -20,7 +20,7 @@ import study         # which finds the modules below
 from buffer import Pair, collate
 from losses import batch_logps, by_text
 from machine.folders import companions, save_pretrained
-from machine.report import passes, print_table
+from machine.report import passes, table_text
 from model import generate, twin
 from sapo import optimizer_step
 
@@ -110,7 +110,8 @@ def main(argv=None):
             print(f"step {step}/{s.steps}", *shown, sep="  ", flush=True)
     print(f"{time.perf_counter() - began:.0f} s, {time.process_time() - busy:.0f} s of a processor, for these steps")
     table["after"] = study.judged(policy, held, pairs, cfg, text)
-    print_table({name: {k: row[k] for k in row if k != "ranking_accuracy"} for name, row in table.items()})
+    shown = {name: {k: row[k] for k in row if k != "ranking_accuracy"} for name, row in table.items()}
+    print("", table_text(shown, f"{len(held)} held-out rows"), "", sep="\n")
     if s.out:
         save_pretrained(policy, Path(s.out, "model"), torch.float32, companions(folder))
         Path(s.out, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, table]), "utf-8")
