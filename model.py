@@ -414,7 +414,7 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
 
     rng: a CPU torch.Generator, not needed at temperature 0. vocab: ids from here on are never
     sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never
-    sampled. lap(stage) is called after "prefill" and "decode", see(tokens (B,)) before the next step.
+    sampled. lap(stage) comes after "prefill" and "decode", see(tokens (B,)) before the next step.
     """
     if not all(prompts):
         raise ValueError("generate needs at least one token in each prompt (BOS for an empty text)")

@@ -1,6 +1,7 @@
-"""Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token.
+"""Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token. Of several runs: their curves together.
 
     python tools/show.py runs/NAME [--n 5] [--no-color] [--no-model] [--png FILE]
+    python tools/show.py runs/ONE runs/OTHER ... [--png FILE]                   their curves in one picture, runs.png without --png
     python tools/show.py --data FILE --model FOLDER [--chat-template FILE] [--n 5]      the rows, as a run's losses see them
 
 Reads pairs.jsonl, evenly over the run. Where the run has written its model/, each token of B, B' and C carries a number:
@@ -21,6 +22,7 @@ import torch
 
 from buffer import Pair, collate
 from losses import batch_logps, by_text
+from machine.curves import draw_runs
 from machine.dataset import Data
 from machine.files import BadInput, parse_json, read_json
 from machine.config import config_from_dict, read_config
@@ -119,7 +121,7 @@ def wrapped(tokens, width, kind):
 def prints(row, pair, text, policy, start, width, colour):
     """One triple as lines."""
     kind, paint = "change" if start else "log-prob", lambda s, part: f"{INK[part]}{s}\033[0m" if colour and s.strip() else s
-    lines = [f"step {row['step'] + 1}, data row {row['row']}", "x    " + one_line(text.decode(pair.prompt, True), 2 * width)]
+    lines = [f"step {row['step'] + 1}, data row {row['row']}", "x    " + one_line(text.decode(pair.prompt), 2 * width)]
     for name, tokens in zip(("y+", "y-"), sides(pair, text, policy, start)):
         inner = "B" if name == "y+" else "B'"
         at = [i for i, t in enumerate(tokens) if t.part == inner]
@@ -151,7 +153,7 @@ def draw(rows, pairs, text, policy, start, path):
     lines = []                                           # (x in characters, text, colour, background, font size), one list a line
     plain = lambda s, colour="black": lines.append([(0, s, colour, None, size)])
     for row, pair in zip(rows, pairs):
-        plain(f"step {row['step'] + 1}   " + one_line(text.decode(pair.prompt, True), columns - 12))
+        plain(f"step {row['step'] + 1}   " + one_line(text.decode(pair.prompt), columns - 12))
         for name, tokens in zip(("y+", "y-"), sides(pair, text, policy, start)):
             for cells in wrapped(tokens, columns - 4, kind):
                 upper, lower, x = [(0, name, "black", None, size)], [], 4
@@ -193,7 +195,7 @@ def encoded(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("run", type=Path, nargs="?", help="run folder")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="run", help="run folder; of several, the curves are drawn together")
     parser.add_argument("--data", help="show rows of this file instead")
     parser.add_argument("--model", help="folder whose tokenizer and chat template they get")
     parser.add_argument("--chat-template", default="", help="in place of the model's, as in train.py")
@@ -202,18 +204,24 @@ def main(argv=None):
     parser.add_argument("--no-model", action="store_true", help="text only")
     parser.add_argument("--png", help="draw them there as well")
     args = parser.parse_args(argv)
-    if bool(args.run) == bool(args.data or args.model) or bool(args.data) != bool(args.model):
+    if bool(args.runs) == bool(args.data or args.model) or bool(args.data) != bool(args.model):
         parser.error("give a run folder, or --data and --model")
     try:
         if args.data:
             print(encoded(args))
             return 0
-        rows = read_pairs(args.run, max(1, args.n))
-        source = args.run / "source"
+        if len(args.runs) > 1:
+            picture = Path(args.png or "runs.png")
+            draw_runs(args.runs, picture)
+            print(f"the curves of {len(args.runs)} runs are in {picture}")
+            return 0
+        run = args.runs[0]
+        rows = read_pairs(run, max(1, args.n))
+        source = run / "source"
         config = config_from_dict(read_json(source / "config.json", "run folder"))
         text = Text(companions(source), source, config)
-        policy, start = (None, None) if args.no_model else models(args.run)
-    except (BadInput, OSError) as error:
+        policy, start = (None, None) if args.no_model else models(run)
+    except (BadInput, OSError, ImportError) as error:        # ImportError: there is no matplotlib
         print(f"show: {error}", file=sys.stderr)
         return 2
     start = start if policy else None
