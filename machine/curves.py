@@ -59,16 +59,15 @@ def draw_runs(folders, path):
     figure.suptitle("SAPO: " + " and ".join(runs), fontsize=11, parse_math=False)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels):
-        draw_panel(axis, panel, runs)
+        draw_panel(axis, *panel, runs)
     for axis in axes[len(panels):]:
         axis.set_axis_off()
     figure.savefig(path.with_name(f".{path.name}.tmp"), dpi=100, format="png")
     path.with_name(f".{path.name}.tmp").replace(path)
 
 
-def draw_panel(axis, panel, runs):
+def draw_panel(axis, title, unit, names, runs):
     """One panel. Colours are keys, or of several runs they are runs, and the dashes are keys."""
-    title, unit, names = panel
     for i, (run, panels) in enumerate(runs.items()):
         for j, (key, (x, y)) in enumerate(panels.get(title, {}).items()):
             label, how = names[key], dict(color=f"C{j}")

@@ -170,8 +170,9 @@ class Log:
     seamless. A step of TensorBoard's counts the steps of both stages."""
 
     def __init__(self, folder, first, cfg):
-        self.folder, self.first, self.cfg = folder, first, cfg
-        self.files, self.board = {}, None
+        self.folder, self.cfg = folder, cfg
+        self.first, self.files = first, {}
+        self.board = None
         for name in ("metrics", "pairs") if first else ():
             self.files[name] = open(plain_file(folder / f"{name}.jsonl"), "a", encoding="utf-8")
 
@@ -215,7 +216,8 @@ class Pace:
     a minute. Evaluating and saving count."""
 
     def __init__(self, done, steps, every):
-        self.done, self.steps, self.every = done, steps, every
+        self.done, self.steps = done, steps
+        self.every = every
         self.began = self.said = time.monotonic()
 
     def __call__(self, number):
