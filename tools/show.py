@@ -5,7 +5,7 @@
     python tools/show.py --data FILE --model FOLDER [--chat-template FILE] [--n 5]      the rows, as a run's losses see them
 
 Reads pairs.jsonl, evenly over the run. Where the run has written its model/, each token of B, B' and C carries a number:
-its log-prob under the trained policy, less that under the starting model where that is a folder here (not so for a run from
+its log-prob under the trained policy, minus that under the starting model where that is a folder here (not so for a run from
 scratch). Sums below say where y- loses: in the segment (B against B') or at the seam (C after B against C after B').
 """
 
@@ -65,7 +65,7 @@ def models(run):
 
 @torch.no_grad()
 def numbers(pair, policy, start):
-    """Two lists, one number for each token of y+ and of y-: log-probs under the policy, less those under the start."""
+    """Two lists, one number for each token of y+ and of y-: log-probs under the policy, minus those under the start."""
     batch = collate([pair])
     logps = by_text(batch_logps(policy, batch) - (batch_logps(start, batch) if start else 0.0), batch)       # (2, T)
     first = len(pair.prompt) - 1                         # where the first token of the response is predicted
@@ -140,7 +140,7 @@ def legend(policy, start):
     if not policy:
         return "A is the data's, then [B] or [B'], then C"
     if start:
-        return "number: log p(token) of the trained policy less that of the starting model, in nats; above 0, training made it likelier"
+        return "number: log p(token) of the trained policy minus that of the starting model, in nats; above 0, training made it likelier"
     return "number: log p(token) of the trained policy, in nats; 0 is certain, -3 is one in twenty"
 
 
