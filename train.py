@@ -186,8 +186,8 @@ class Run:
 
     # -- the two stages
     def stage(self, name, done, steps, peak, step, after, every):
-        """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), save, perhaps stop. A
-        line each `every` steps, under which stands what after(...) says second."""
+        """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), evaluate, save, perhaps
+        stop. after(...) says what a line holds, due each `every` steps, and what stands under it."""
         pace = Pace(done, steps, every)
         show = self.world.first and sys.stderr.isatty()
         with tqdm(total=steps, initial=done, desc=name, disable=not show, unit="step", leave=False) as bar:

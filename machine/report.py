@@ -90,9 +90,7 @@ class Evaluation:
         self.autocast, self.poll = autocast, poll
         self.pairs, self.gaps = pairs, list(gaps)
         self.share = -(-len(self.data) // world.size)    # rows of a process, at most
-        self.rows = f"{len(self.data)} held-out rows"
-        if self.data.verifiers:
-            self.rows += f", {len(self.data.verifiers)} of them with a verifier"
+        self.rows = f"{len(self.data)} held-out rows, {len(self.data.verifiers)} of them with a verifier"
 
     @torch.no_grad()
     def measure(self, model, full=True):

@@ -126,7 +126,8 @@ def test_a_stopped_answer_stays_in_the_conversation(folder, capsys, monkeypatch)
             raise KeyboardInterrupt
 
     see = chat.Screen.see
-    speaker = chat.Speaker(str(folder), "cpu", torch.float32)
+    speaker = chat.Speaker(str(folder), 42)
+    speaker.load("cpu", torch.float32)
     monkeypatch.setattr(chat.Screen, "see", stop)
     assert speaker.answer("Hello.", chat.settings(["x", *GREEDY]))[0] == 3
     assert shown(speaker.turns[1]["content"]) == capsys.readouterr().out and expected(folder, "Hello.").startswith(speaker.turns[1]["content"])
@@ -143,12 +144,19 @@ def test_of_a_run_its_model_answers(folder, says, tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
+    ([".", "--device", "cuda" if not torch.cuda.is_available() else "mps"], "torch sees none here; use --device cpu"),
     (["nowhere", "--prompt", "x"], "chat: nowhere: no such folder, and the hub cannot be reached"), ([ROOT / "docs", "--prompt", "x"], "config.json"),
     ([".", "--prompt", "x", "--top-p", 0], "--top-p is 0.0; it must be from"), ([".", "--max-new-tokens", 0], "--max-new-tokens is 0"),
     ([".", "--temperature", "nan"], "--temperature is nan"), ([".", "--prompt", " "], "--prompt is empty")])
 def test_bad_input_is_one_line_and_code_2(says, argv, words):
     code, out, err = says(*argv)
     assert code == 2 and not out and words in err and err.count("\n") == 1
+
+
+def test_no_weight_is_read_before_both_models_are_found(folder, says, monkeypatch):
+    monkeypatch.setattr(chat, "load_pretrained", lambda *_: pytest.fail("weights were read"))
+    code, out, err = says(folder, "--compare", "nowhere", "--prompt", "Hello.")
+    assert code == 2 and not out and err.startswith("chat: nowhere: no such folder") and err.count("\n") == 1
 
 
 def test_a_conversation_that_fills_the_context_is_one_line(folder, says):

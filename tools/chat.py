@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from machine.config import read_config
 from machine.files import BadInput
 from machine.folders import BESIDE, WEIGHTS, companions, fetch, load_pretrained
 from machine.parallel import World
@@ -29,11 +30,13 @@ from model import generate
 class Speaker:
     """A model, its text, and a conversation with it."""
 
-    def __init__(self, name, device, dtype):
+    def __init__(self, name, seed):
         self.name, self.folder, self.turns = name, find(name), []
+        self.text = Text(companions(self.folder), self.folder, read_config(self.folder))
+        self.rng = torch.Generator().manual_seed(seed)
+
+    def load(self, device, dtype):
         self.model = load_pretrained(self.folder, dtype, device).eval()
-        self.text = Text(companions(self.folder), self.folder, self.model.config)
-        self.rng = torch.Generator()
 
     def prompt(self):
         """The ids that the conversation has become: as the template opens the answer, or the text as it stands."""
@@ -152,6 +155,9 @@ def settings(argv):
                                    ("--top-k", args.top_k, 0, 10**9), ("--top-p", args.top_p, 1e-6, 1), ("--seed", args.seed, 0, 2**63 - 1)):
         if not low <= value <= high:
             raise BadInput(f"{flag} is {value}; it must be from {low:g} to {high:g}")
+    sees = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if args.device in sees and not sees[args.device]():
+        raise BadInput(f"--device {args.device}: torch sees none here; use --device cpu")
     if args.prompt is not None and not args.prompt.strip():
         raise BadInput("--prompt is empty; say something, or leave it out to talk turn by turn")
     return args
@@ -162,9 +168,9 @@ def main(argv=None):
         args = settings(argv)
         device = World(args.device).device
         half = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
-        speakers = [Speaker(name, device, torch.bfloat16 if half else torch.float32) for name in filter(None, (args.model, args.compare))]
-        for speaker in speakers:
-            speaker.rng.manual_seed(args.seed)
+        speakers = [Speaker(name, args.seed) for name in filter(None, (args.model, args.compare))]
+        for speaker in speakers:         # once both are known to be there
+            speaker.load(device, torch.bfloat16 if half else torch.float32)
         if not args.prompt and sys.stdin.isatty():
             how = "with its chat template" if speakers[0].text.template else "as plain text, for it has no chat template"
             print(f"{args.model}, {how}. An empty line begins a new conversation, Ctrl-C stops an answer, Ctrl-D ends.")
