@@ -52,11 +52,15 @@ def draw_runs(folders, path):
     """The curves of run folders at `path`, whole or not there. Raises whatever hinders it."""
     os.environ["MPLBACKEND"] = "agg"                     # whatever a notebook has set for itself
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     runs = {Path(folder).resolve().name: read_curves(folder) for folder in folders}
     panels = [panel for panel in PANELS if any(panel[0] in curves for curves in runs.values())]
     rows, columns = max(1, -(-len(panels) // 4)), max(1, min(4, len(panels)))
     figure = Figure(figsize=(max(5, 3.3 * columns), 2.8 * rows + 0.4), layout="constrained")
     figure.suptitle("SAPO: " + " and ".join(runs), fontsize=11, parse_math=False)
+    if len(runs) > 1:
+        colours = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
+        figure.legend(handles=colours, loc="outside lower center", ncols=6, frameon=False)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, panel in zip(axes, panels):
         draw_panel(axis, *panel, runs)
@@ -67,24 +71,28 @@ def draw_runs(folders, path):
 
 
 def draw_panel(axis, title, unit, names, runs):
-    """One panel. Colours are keys, or of several runs they are runs, and the dashes are keys."""
-    for i, (run, panels) in enumerate(runs.items()):
+    """One panel. A colour is a key, or of several runs it is a run, and the dashes tell keys apart."""
+    for i, panels in enumerate(runs.values()):
         for j, (key, (x, y)) in enumerate(panels.get(title, {}).items()):
             label, how = names[key], dict(color=f"C{j}")
             if len(runs) > 1:
-                label = ", ".join(filter(None, (run, label)))
                 how = dict(color=f"C{i}", linestyle=("-", "--", ":")[j])
+                label = "" if i else label
             if len(y) > 20:                              # the line is a running mean, the points are faint
                 n = max(3, len(y) // 20)
                 axis.plot(x, y, ".", markersize=2, alpha=0.35, color=how["color"])
                 y = np.convolve(np.pad(y, (n // 2, n - 1 - n // 2), "edge"), np.ones(n) / n, "valid")
             else:
-                how["marker"], label = ".", label and f"{label}: {y[-1]:.2f} at the end"
+                how["marker"] = "."
+                label += f", {y[-1]:.2f} in the end" if label and len(runs) == 1 else ""
             axis.plot(x, y, label=label, **how)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step", fontsize=9)
-    axis.set_ylabel(unit.format(rows=next(iter(runs.values()))["rows"]), fontsize=9)
+    if len(x) == 1:                                      # --steps 0: the starting model alone
+        axis.set_xticks(x)
+    rows = dict.fromkeys(str(panels["rows"]) for panels in runs.values())
+    axis.set_ylabel(unit.format(rows=" and ".join(rows)), fontsize=9)
     axis.grid(alpha=0.25)
     axis.tick_params(labelsize=8)
-    if any(names.values()) or len(runs) > 1:
+    if any(names.values()):
         axis.legend(fontsize=8, frameon=False)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, small_model
+from tokenizers import Tokenizer, processors
 
 import chat
 from machine.folders import companions, load_pretrained, save_pretrained
@@ -76,11 +77,17 @@ def test_two_models_answer_each_in_a_conversation_of_its_own(folder, says, tmp_p
 
 def test_without_a_template_the_model_goes_on_from_the_text(folder, says, tmp_path):
     shutil.copytree(folder, tmp_path / "plain", ignore=shutil.ignore_patterns("*.jinja", "README.md"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.save(str(tmp_path / "plain/tokenizer.json"))
     model = load_pretrained(folder).eval()
     text = Text(companions(tmp_path / "plain"), folder, model.config)
-    ids = text.head + text.tokenizer.encode("Once upon a", add_special_tokens=False).ids
+    ids = tokenizer.encode("Once upon a").ids
+    assert ids[0] == text.bos
     answer = text.decode(generate(model, [ids], [7], text.eos, temperature=0, vocab=text.vocab)[0], True)
     assert says(tmp_path / "plain", *GREEDY, "--prompt", "Once upon a") == (0, shown(answer), "")
+    code, out, _ = says(tmp_path / "plain", *GREEDY, stdin="Once upon\n a\n")          # a text that grows
+    assert code == 0 and out.splitlines()[1] != answer
 
 
 def test_a_seed_and_a_temperature_give_the_same_answer_again(folder, says):

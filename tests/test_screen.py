@@ -150,8 +150,9 @@ def test_a_run_of_no_steps_has_its_starting_model_drawn(tmp_path, monkeypatch):
 def test_runs_are_drawn_together_each_in_its_colour(folder, tmp_path, monkeypatch, capsys):
     other = run(tmp_path / "second", "--lr", 1e-3)
     figure = figure_of(monkeypatch, [folder, other], tmp_path / "c.png")
-    legend = [line.get_label() for line in figure.axes[0].lines]
-    assert [label.split(":")[0] for label in legend] == ["first", "second"] and len({line.get_color() for line in figure.axes[0].lines}) == 2
+    lines = figure.axes[0].lines
+    assert [word.get_text() for word in figure.legends[0].get_texts()] == ["first", "second"]
+    assert [line.get_color() for line in lines] == [line.get_color() for line in figure.legends[0].get_lines()] == ["C0", "C1"]
     capsys.readouterr()
     assert show.main([str(folder), str(other), "--png", str(tmp_path / "d.png")]) == 0
     assert (tmp_path / "d.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and str(tmp_path / "d.png") in capsys.readouterr().out
