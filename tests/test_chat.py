@@ -86,8 +86,6 @@ def test_without_a_template_the_model_goes_on_from_the_text(folder, says, tmp_pa
     assert ids[0] == text.bos
     answer = text.decode(generate(model, [ids], [7], text.eos, temperature=0, vocab=text.vocab)[0], True)
     assert says(tmp_path / "plain", *GREEDY, "--prompt", "Once upon a") == (0, shown(answer), "")
-    code, out, _ = says(tmp_path / "plain", *GREEDY, stdin="Once upon\n a\n")          # a text that grows
-    assert code == 0 and out.splitlines()[1] != answer
 
 
 def test_a_seed_and_a_temperature_give_the_same_answer_again(folder, says):

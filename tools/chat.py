@@ -107,18 +107,18 @@ def find(name):
 def turns(args):
     """What is said, turn by turn."""
     if args.prompt:
-        yield sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+        yield sys.stdin.read().strip("\n") if args.prompt == "-" else args.prompt
         return
     while True:
         try:
-            yield input("\n> " if sys.stdin.isatty() else "").strip()
+            yield input("\n> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             return
 
 
 def converse(args, speakers):
     for words in turns(args):
-        if not words and not args.prompt:
+        if not words.strip() and not args.prompt:
             print("(a new conversation)", file=sys.stderr)
             for speaker in speakers:
                 speaker.turns.clear()
