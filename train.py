@@ -125,7 +125,7 @@ class Run:
             self.log.say(show_rows(self.data, self.text))
         found = checkpoint.find_checkpoint(self.out, self.resume, world)
         if self.resume and not found:            # stopped before the first checkpoint: begin again
-            if (self.out / "model").is_dir():
+            if any(world.all((self.out / "model").is_dir())):
                 raise BadInput(f"{self.out}: --keep 0 left no checkpoint of it to go on from; start from its "
                                f"model: --model {self.out / 'model'}")
             self.resume = None

@@ -38,8 +38,9 @@ def introduction(model, inputs, world):
            f"{world.device.type}, {cfg.sft_steps} SFT steps, {steps} SAPO steps of {cfg.batch_size} pairs, "
            f"{cfg.warmup_steps(steps)} of them warm-up of the learning rate")
     copies = 2 + (cfg.loss in WITH_REFERENCE) + (2 if cfg.optimizer == "adamw" else 1)      # all float32
-    yield (f"a checkpoint will take {trained * copies * 4 / 1e6:,.0f} MB; there will be one every "
-           f"{cfg.save_every or steps} steps, and {max(1, cfg.keep)} kept (--save-every, --keep)")
+    if steps:
+        yield (f"a checkpoint will take {trained * copies * 4 / 1e6:,.0f} MB; there will be one every "
+               f"{cfg.save_every or steps} steps, and {max(1, cfg.keep)} kept (--save-every, --keep)")
     lengths = np.diff(inputs.data[0].ends[:, :2])[:, 0] - 1      # of y+, without its end token
     whole = np.mean(lengths <= int(cfg.segment)) if cfg.segment.isdigit() else 0
     if whole > 0.5 and steps and cfg.rejected == "sapo":
