@@ -412,12 +412,12 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     """Continue each prompt (a list of ids) by at most its budget, up to and including a token of
     `eos`: a list of lists. ValueError if a prompt is empty.
 
-    rng: a CPU torch.Generator, not needed at temperature 0. vocab: ids from here on are never
-    sampled (a padded embedding has more rows than the tokenizer has tokens). ban: further ids never
-    sampled. lap(stage) comes after "prefill" and "decode", see(tokens (B,)) before the next step.
+    rng: a CPU torch.Generator, not needed at temperature 0. Never sampled are ids from `vocab` on,
+    as a padded embedding has more rows than there are tokens, and those of `ban`. lap(stage) is
+    called after "prefill" and "decode", see(tokens (B,)) after each token but the last.
     """
     if not all(prompts):
-        raise ValueError("generate needs at least one token in each prompt (BOS for an empty text)")
+        raise ValueError("each prompt needs at least one token (BOS for an empty text)")
     if max(budgets, default=0) < 1:
         return [[] for _ in prompts]
     embedding, steps = model.model.embed_tokens.weight, max(budgets)
@@ -426,16 +426,14 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     uniform = pad_sequence(_uniforms(budgets, temperature, rng), True).to(device)     # (B, steps)
     ids = tensor([token for prompt in prompts for token in prompt])        # (N,)
     lengths = tensor([[len(prompt)] for prompt in prompts])                # (B, 1)
-    rows = torch.arange(len(ids), device=device).split([*map(len, prompts)])
+    rows = pad_sequence(torch.arange(len(ids)).split([*map(len, prompts)]), True, -1).to(device)
+    ends = lengths[:, 0].cumsum(0) - 1                                     # (B,), of the prompts
     budgets = tensor(budgets)[:, None]                                     # (B, 1)
     stops, banned = tensor(sorted(eos)), tensor([i for i in ban if i < (vocab or len(embedding))])
     cache = KVCache(model.config, len(prompts), width, embedding.dtype, device)
     out = torch.zeros(len(prompts), steps, dtype=torch.long, device=device)
     turn = torch.zeros_like(lengths)       # how many times the rows were asked
     made, done = torch.zeros_like(lengths), budgets <= 0                   # tokens generated so far
-
-    def last(hidden, weight):              # the head where a prompt ends
-        return linear(hidden[lengths[:, 0].cumsum(0) - 1], weight)
 
     def choose():                          # works in place, as `read` does, for a CUDA graph
         logits.index_fill_(1, banned, -torch.inf)
@@ -451,7 +449,7 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
         turn.add_(1)
         choose()
 
-    logits = model(ids, pad_sequence(rows, True, -1), cache=cache, head=last)              # (B, V)
+    logits = model(ids, rows, cache=cache, head=lambda h, weight: linear(h[ends], weight))
     choose()
     lap("prefill")
     for step in range(1, steps):

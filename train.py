@@ -40,9 +40,9 @@ from machine.folders import (blank, load_pretrained, plain_weights, read_weights
 from machine.inputs import read_inputs
 from machine.parallel import World, load_weights, starting_model, twin_of, wrap
 from machine.process import Diverged, Stopped, signals
-from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text, passes,
-                            print_profile, print_sample, show_pair, show_rows, table_text, write_samples,
-                            write_whole)
+from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text,
+                            passes, print_profile, print_sample, show_pair, show_rows, table_text,
+                            write_samples, write_whole)
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 

@@ -174,8 +174,8 @@ def parse(argv, doc=None):
                        "resume the copy")
     if resume:
         if saved.get("layout") != LAYOUT:
-            raise BadInput(f"{path}: not the config.json of a run of this version, and its own alone goes on "
-                           f"with it; begin again with --config {path}")
+            raise BadInput(f"{path}: a run of another version, which alone can go on with it; begin again "
+                           f"with --config {path}")
         for name, value in flags.items():
             fixed = name not in MAY_CHANGE or name == "micro_batch" and settings.get("loss") == "rpo"
             if fixed and value != settings.get(name):

@@ -44,7 +44,7 @@ from test_run import (  # noqa: F401
 import sapo
 import train
 from buffer import Pair, ReplayBuffer
-from machine import checkpoint, report
+from machine import checkpoint, curves, report
 from machine.dataset import Draw
 from machine.files import BadInput
 from machine.flags import Config, resolved
@@ -170,6 +170,11 @@ def test_runs_without_a_name_that_start_in_the_same_second_get_folders_of_their_
 
 # ---------------------------------------------------------------- streams of random numbers
 
+class Bare(list):
+    """Examples without verifiers, as a Data has them."""
+    verifiers = {}
+
+
 def all_streams(monkeypatch, seeds=(41, 42, 43, 44), ranks=range(8), n=4000):
     """{(purpose, rank or epoch, seed): n numbers in [0, 1)} as the classes that draw them have them."""
     drawn, rngs = {}, {}
@@ -193,7 +198,7 @@ def all_streams(monkeypatch, seeds=(41, 42, 43, 44), ranks=range(8), n=4000):
             text = SimpleNamespace(breaks=lambda segment: (), eos=(1,), vocab=None)
             one = sapo.Example([1], [2, 3])
             report.eval_pairs([one], policy, cfg, text, alone, lambda: None)
-            report.Evaluation(SimpleNamespace(cfg=cfg, text=text, data=[data, [one]]), alone, None, lambda: None, []).answers(policy, [one])
+            report.Evaluation(SimpleNamespace(cfg=cfg, text=text, data=[data, Bare([one])]), alone, None, lambda: None, []).answers(policy, [one])
             dealt = checkpoint.redistribute([{"buffer": {"capacity": 8, "pairs": checkpoint.pack([])}, "ahead": checkpoint.pack([]), "gaps": [],
                                               "eval_pairs": checkpoint.pack([])}] * 9, 9, seed, 3, SimpleNamespace(rank=rank, size=8))
             again = State.start(policy, SAPOConfig(loss="orpo"), [1], seed, copy=lambda model: model)
@@ -464,8 +469,8 @@ def test_every_line_of_metrics_jsonl_is_json_whatever_the_numbers(world, tmp_pat
     run(tmp_path / "run", *world, hook=functools.partial(plant, "batch", [6], str(tmp_path / "note")))
     rows = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows if row.get("step") == 6 and "loss" in row] == [None]
-    curves = report.read_curves(tmp_path / "run")["loss"]["loss"]
-    assert np.isnan(curves[1][5]) and np.isfinite(np.delete(curves[1], 5)).all()
+    loss = curves.read_curves(tmp_path / "run")["Training loss"]["loss"][1]
+    assert np.isnan(loss[5]) and np.isfinite(np.delete(loss, 5)).all()
 
 
 # ---------------------------------------------------------------- signals and the screen

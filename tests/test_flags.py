@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from machine.flags import GROUPS, PRESETS, BadInput, Config, command_line, parse, resolved
+from machine.flags import GROUPS, LAYOUT, PRESETS, BadInput, Config, command_line, parse, resolved
 
 MODEL = ["--model", "folder", "--data", "rows.jsonl"]
 
@@ -56,7 +56,7 @@ def test_help_is_in_groups_with_a_usage_of_three_lines():
 def test_a_run_goes_on_in_its_own_folder(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.json").write_text(json.dumps({"settings": dataclasses.asdict(parse(MODEL).cfg), "preset": "paper-dpo"}))
+    (run / "config.json").write_text(json.dumps({"layout": LAYOUT, "settings": dataclasses.asdict(parse(MODEL).cfg), "preset": "paper-dpo"}))
     with pytest.raises(BadInput, match="--resume goes on in the run's own folder; leave out --out"):
         parse(["--resume", str(run), "--out", str(tmp_path / "other")])
     for same in ([], ["--out", str(run)], ["--out", f"{run}/../run/"]):
