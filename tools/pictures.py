@@ -116,7 +116,7 @@ def mosaic(axis, title, rows):
 
 def draw_figure(done, path):
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 1, figsize=(9, 7.4), layout="constrained", height_ratios=(4, 2))
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6), layout="constrained", height_ratios=(4, 1.7))
     pairs, place, shown = {}, np.arange(PIXELS), [c * EACH + i for c in range(10) for i in range(3)]
     for when, of_class in zip(("early", "late"), done["SAPO-ORPO"][3]):
         some = [of_class[c] for c in range(10)]
