@@ -28,10 +28,10 @@ CLEAN, KNOWN, EACH = 300, 1300, 30      # pictures up to CLEAN are clean, to KNO
 FORM = {"batch_size": 16, "micro_batch": 16, "buffer_size": 256, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 SFT, STEPS, BASE_STEPS = SAPOConfig(**FORM), 96, 800
 VARIANTS = {         # name: (settings, the learning rate that --tune found)
-    "SFT": (SFT, 3e-3), "SAPO-DPO": (SAPOConfig(**FORM, segment="24"), 1e-4),
+    "SFT": (SFT, 9e-3), "SAPO-DPO": (SAPOConfig(**FORM, segment="24"), 1e-4),
     "SAPO-ORPO": (SAPOConfig(**FORM, segment="24", loss="orpo"), 3e-3),
-    "whole picture, DPO": (SAPOConfig(**FORM, segment="100%", after="rewrite"), 1e-4)}
-COLUMNS = {"verifier": 2, "distance": 1, "ink": 2, "verifier, less SFT's": 2}       # and their digits
+    "whole picture, DPO": (SAPOConfig(**FORM, segment="100%", after="rewrite"), 3e-4)}
+COLUMNS = {"verifier": (2,), "distance": (1,), "ink": (2,), "less start": (2, "+"), "less SFT": (2, "+")}
 
 
 def world(seed):
@@ -98,7 +98,7 @@ def results(seed, variants):
         near = [np.linalg.norm(known[its_class == c] - p, axis=1).min() for p, c in zip(drawn, asked)]
         done[name] = dict(zip(COLUMNS, [passes.mean(), np.mean(near), drawn.mean()])), drawn, passes, pairs
     for row, *_ in done.values():
-        row["verifier, less SFT's"] = row["verifier"] - done[[*variants][0]][0]["verifier"]
+        row |= {f"less {of}": row["verifier"] - done[of][0]["verifier"] for of in ("start", "SFT")}
     return done
 
 
@@ -135,11 +135,11 @@ def main(argv=None):
     tune = parser.parse_args(argv).tune
     if not (find_spec("sklearn") and find_spec("matplotlib")):
         parser.exit(2, "pictures.py needs two packages more: pip install scikit-learn matplotlib\n")
-    rates = {f"{k} at {lr * f:.0e}": (c, lr * f) for k, (c, lr) in VARIANTS.items() for f in (1 / 3, 1, 3)}
+    rates = {k + f" x {f}" * (f != 1): (c, lr * f) for k, (c, lr) in VARIANTS.items() for f in (0.3, 1, 3)}
     with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         variants = rates if tune else VARIANTS
         done = list(pool.map(partial(results, variants=variants), [0] if tune else range(1, 6)))
-    table = [[name, *(study.cell([of[name][0][k] for of in done], digits) for k, digits in COLUMNS.items())]
+    table = [[name, *(study.cell([of[name][0][k] for of in done], *form) for k, form in COLUMNS.items())]
              for name in done[0]]
     print(study.markdown(["", *COLUMNS], table))
     if not tune:
