@@ -66,25 +66,39 @@ def test_planting_says_where_to_look_and_undo_restores_every_byte(copied):
 
 def test_undo_throws_away_work_only_when_told(copied):
     before = texts(copied)
-    assert command(copied, "homework").returncode == 0
+    assert command(copied, "station", "4").returncode == 0
     (copied / "sapo.py").write_text((copied / "sapo.py").read_text("utf-8") + "# mine\n", "utf-8")
     kept = texts(copied)
     assert "sapo.py" in command(copied, "undo").stderr and texts(copied) == kept
     assert command(copied, "undo", "--force").returncode == 0 and texts(copied) == before
 
 
-def test_homework_empties_three_functions_and_keeps_their_docstrings(copied):
-    whole = {file: (copied / file).read_text("utf-8") for file in ("sapo.py", "losses.py")}
-    assert command(copied, "homework").returncode == 0
-    emptied = 0
-    for file, text in whole.items():
-        for old, new in zip(ast.parse(text).body, ast.parse((copied / file).read_text("utf-8")).body, strict=True):
-            if ast.dump(old) != ast.dump(new):
-                emptied += 1
-                assert (file, new.name) in [homework[:2] for homework in mutants.HOMEWORK]
-                assert ast.get_docstring(new) == ast.get_docstring(old) and ast.dump(new.args) == ast.dump(old.args)
-                assert len(new.body) == 2 and ast.unparse(new.body[1]).startswith("raise NotImplementedError('yours to write: ")
-    assert emptied == 3
+def test_a_station_is_planted_without_a_word_and_told_in_three_hints(copied):
+    before, mutant = texts(copied), mutants.of_station("3")
+    secrets = (mutant.name, mutant.test, "ReplayBuffer", "buffer.py,")
+    said = command(copied, "station", "3")
+    assert said.returncode == 0 and not any(secret in said.stdout for secret in secrets), said.stdout
+    assert "git" not in said.stdout and texts(copied) != before
+    hints = [command(copied, "hint").stdout for _ in range(4)]
+    assert len(set(hints)) == 3 and "ReplayBuffer.add" in hints[2] == hints[3] and not any("ReplayBuffer" in hint for hint in hints[:2])
+    assert "Yes" in command(copied, "guess", "buffer.ReplayBuffer.add").stdout and "Yes" in command(copied, "guess", "add").stdout
+    assert "No" in command(copied, "guess", "split").stdout
+    told = command(copied, "reveal").stdout
+    assert mutant.name in told and mutant.test in told and "\n-        self.pairs.append(pair)\n" not in told and "+        if len(self)" in told
+    assert command(copied, "undo").returncode == 0 and texts(copied) == before
+    assert command(copied, "station", "7").returncode == 1 and "2b" in command(copied, "station", "7").stderr
+    assert command(copied, "hint").returncode == 1
+
+
+@pytest.mark.parametrize("station", mutants.HINTS)
+def test_each_station_has_its_hints_and_no_hint_but_the_last_names_the_function(station):
+    mutant = mutants.of_station(station)
+    function = mutants.where(mutant, ROOT)
+    hints = [mutants.hint(mutant, station, level, ROOT) for level in (1, 2, 3)]
+    assert [function in hint or function.split(".")[-1] + " " in hint for hint in hints] == [False, False, True], hints
+    guesses = {answer: mutants.guessed(mutant.file, function, answer)[:3] == "Yes"
+               for answer in (function, f"{mutant.file[:-3]}.{function}", function.split(".")[-1], "", "sapo", "collate_all", function[1:])}
+    assert list(guesses.values()) == [True] * len(set(guesses) - {"", "sapo", "collate_all", function[1:]}) + [False] * 4, guesses
 
 
 def test_a_text_that_is_not_found_once_stops_everything(copied):

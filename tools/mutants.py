@@ -2,9 +2,12 @@
 
     python tools/mutants.py              plant each bug in a copy of the project and run its test: caught or MISSED
     python tools/mutants.py list         the table; stations of the workshop are marked
-    python tools/mutants.py 7            plant number 7 here, for somebody to find
-    python tools/mutants.py homework     empty three functions here, for somebody to write
-    python tools/mutants.py undo         and put everything back
+    python tools/mutants.py 7            plant number 7 here, and say where
+    python tools/mutants.py station 3    plant the bug of a station of the workshop here, and say nothing: it is to be found
+    python tools/mutants.py hint         one of three hints, the next at each call
+    python tools/mutants.py guess NAME   whether it is in this function
+    python tools/mutants.py reveal       what was planted, and the test that it turns red
+    python tools/mutants.py undo         put everything back
 
 A new bug is one more entry below: a name, the file, the text it changes (found there exactly once), the new text, the
 test. Where the text is not found the program stops, so that no bug quietly stops being planted.
@@ -13,6 +16,7 @@ Left out: torch and pytest, which only the tests themselves need. Planting works
 
 import argparse
 import ast
+import difflib
 import json
 import os
 import queue
@@ -42,6 +46,16 @@ class Mutant(NamedTuple):
 
 
 STATIONS = ("1 segment", "2 shift and sum/mean", "3 buffer", "4 which way alpha points", "5 who generates B'", "6 collapsing curves")
+ENCORE = {"2b": "DPO is given means"}        # further bugs of the workshop, by name
+HINTS = {           # of a station: what to look at, then which line of Algorithm 1; the third hint is the function
+    "1": ("Take many pairs, and count how many tokens of y+ stand between B and the end. Which number never comes?", "It is in [2], the cut."),
+    "2": ("Compare logps/chosen of the very first step with the clean run's. The base is the same, and nothing was learned yet.",
+          "It is in [7], but not in a loss: look for the place where each token gets the label that it must predict."),
+    "2b": ("Compare the loss of the very first step with ln 2, and logps/chosen with the clean run's.", "It is in [7], between the log-probs and the loss."),
+    "3": ("Look at buffer/staleness: how many steps has a drawn pair waited?", "It is in [5]."),
+    "4": ("Look at ema/distance, and at the share of y- that pass. Who generates y-, and how far is it from the policy?", "It is in [9]."),
+    "5": ("ema/distance looks as it should, and yet y- gets better as fast as the policy does. Whose words may these be?", "It is in [3]."),
+    "6": ("Look at rewards/margins and rewards/accuracies, not at the loss.", "It is in [7].")}
 LOSSES, BUFFER, MODEL, LORA, SAPO, PPO = (f"tests/test_{name}.py::test_" for name in ("losses", "buffer", "model", "lora", "sapo", "ppo"))
 
 MUTANTS = [
@@ -426,13 +440,6 @@ MUTANTS = [
            PPO + "a_toy_reward_is_learned_whatever_its_level"),
 ]
 
-HOMEWORK = [        # (file, function, what is to be written)
-    ("sapo.py", "split", "[2], where B starts and stops in y+; `segment_length` says how long it is, `rng` draws"),
-    ("sapo.py", "ema_update", "[9], in place, and how far apart the two are afterwards"),
-    ("losses.py", "dpo_loss", "DPO, equation 7, and both rewards"),
-]
-
-
 class Stop(Exception):
     """Nothing can go on; the message says why, in a line."""
 
@@ -481,39 +488,71 @@ def where(mutant, root=ROOT):
     return function_at(text, text.index(mutant.old) + len(mutant.old) - len(mutant.old.lstrip()))
 
 
-def emptied(text, function, what):
-    """`text` with the body of a function replaced by NotImplementedError; its docstring stays."""
-    node, = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name == function)
-    lines = text.splitlines(keepends=True)
-    first = node.body[1] if ast.get_docstring(node) else node.body[0]
-    lines[first.lineno - 1:node.end_lineno] = [f"    raise NotImplementedError({'yours to write: ' + what!r})\n"]
-    return "".join(lines)
+def of_station(name):
+    """The mutant of a station of the workshop, "1" to "6" or "2b"."""
+    found = [m for m in MUTANTS if m.name == ENCORE.get(name) or m.station and m.station.split()[0] == name]
+    if not found:
+        raise Stop(f"there is no station {name!r}; choose {', '.join(HINTS)}")
+    return found[0]
+
+
+def hint(mutant, station, level, root=ROOT):
+    """Hint 1, 2 or 3 of a planted bug; one that belongs to no station has the third alone."""
+    if level < 3 and station:
+        return HINTS[station][level - 1]
+    return f"Open {mutant.file}, {where(mutant, root)}."
+
+
+def guessed(file, function, answer):
+    """What is said to a guess such as split or sapo.split, where it is in this function of this file."""
+    place = f"{Path(file).stem}.{function}"
+    right = f".{place}".endswith(f".{answer.strip().removesuffix('()')}") or answer == f"{Path(file).stem}.{function.split('.')[-1]}"
+    return f"Yes, it is in {place}." if right and answer.strip() else f"No, {answer or 'nothing'} is as it was."
+
+
+def revealed(mutant, root=ROOT):
+    """Where a mutant is, what it is, and what it changes, with the test that turns red."""
+    old, new = read(root, mutant.file).splitlines(), mutated(mutant, root).splitlines()
+    changes = [line for line in difflib.unified_diff(old, new, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
+    return "\n".join([f"In {mutant.file}, {where(mutant, root)}: {mutant.name}.", *changes, "This test turns red:",
+                      f'    python -m pytest -q --tb=line "{mutant.test}"'])
 
 
 # ------------------------------------------------------------------------------------------------ here, for a workshop
 
-def plant(root, changes):
-    """Write {file: new text} into the working tree, the old texts into BACKUP."""
+def plant(root, mutant, station=""):
+    """Put the mutant into the working tree, and into BACKUP what stood there and what will be told."""
     if (root / BACKUP).exists():
         raise Stop("something is planted here already; first: python tools/mutants.py undo")
-    backup = {file: {"original": read(root, file), "planted": text} for file, text in changes.items()}
-    (root / BACKUP).write_text(json.dumps(backup), "utf-8")
-    for file, text in changes.items():
-        write(root, file, text)
+    hints = [hint(mutant, station, level, root) for level in ((1, 2, 3) if station else (3,))]
+    secret = {"file": mutant.file, "original": read(root, mutant.file), "planted": mutated(mutant, root), "hints": hints, "given": 0,
+              "where": where(mutant, root), "reveal": revealed(mutant, root)}
+    (root / BACKUP).write_text(json.dumps(secret), "utf-8")
+    write(root, mutant.file, secret["planted"])
+
+
+def planted(root):
+    """What `plant` wrote into BACKUP."""
+    if not (root / BACKUP).exists():
+        raise Stop("nothing is planted here")
+    return json.loads((root / BACKUP).read_text("utf-8"))
+
+
+def next_hint(root):
+    secret = planted(root)
+    secret["given"] = min(len(secret["hints"]), secret["given"] + 1)
+    (root / BACKUP).write_text(json.dumps(secret), "utf-8")
+    return f"Hint {secret['given']} of {len(secret['hints'])}. {secret['hints'][secret['given'] - 1]}"
 
 
 def undo(root, force=False):
     """Put back what `plant` changed. Work that was done on top of it is thrown away only with `force`."""
-    if not (root / BACKUP).exists():
-        raise Stop("nothing is planted here")
-    backup = json.loads((root / BACKUP).read_text("utf-8"))
-    changed = [file for file, texts in backup.items() if read(root, file) not in texts.values()]
-    if changed and not force:
-        raise Stop(f"{' and '.join(changed)} changed since; 'python tools/mutants.py undo --force' throws that work away, so copy it first")
-    for file, texts in backup.items():
-        write(root, file, texts["original"])
+    secret = planted(root)
+    if not force and read(root, secret["file"]) not in (secret["original"], secret["planted"]):
+        raise Stop(f"{secret['file']} changed since; 'python tools/mutants.py undo --force' throws that work away, so copy it first")
+    write(root, secret["file"], secret["original"])
     (root / BACKUP).unlink()
-    return list(backup)
+    return secret["file"]
 
 
 # ------------------------------------------------------------------------------------------------ in copies, for the tests' sake
@@ -587,7 +626,8 @@ def numbered(text):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", nargs="?", default="all", help="all, list, a number, homework or undo")
+    parser.add_argument("what", nargs="?", default="all", help="all, list, a number, station, hint, guess, reveal or undo")
+    parser.add_argument("which", nargs="?", default="", help="with station: 1 to 6 or 2b; with guess: a function")
     parser.add_argument("--only", default="", metavar="3,7", help="with all: only these")
     parser.add_argument("--jobs", type=int, default=2, help="with all: so many at a time (default 2), each on one thread")
     parser.add_argument("--force", action="store_true", help="with undo: even if the file was worked on since")
@@ -599,19 +639,21 @@ def main(arguments=None):
         for i, m in enumerate(MUTANTS, 1):
             print(f"{i:3}  {m.file:10} {m.name}{f'   <- station {m.station}' if m.station else ''}\n{'':16}{m.test}")
     elif given.what == "undo":
-        print(f"as it was: {', '.join(undo(ROOT, given.force))}")
-    elif given.what == "homework":
-        texts = {file: read(ROOT, file) for file, *_ in HOMEWORK}
-        for file, function, what in HOMEWORK:
-            texts[file] = emptied(texts[file], function, what)
-        plant(ROOT, texts)
-        print("\n".join(["Three functions are empty now; their docstrings say what they promise:"] + [f"    {f}  {name}: {what}" for f, name, what in HOMEWORK]))
-        print("You are done when this is green:  python -m pytest -x tests/test_losses.py tests/test_sapo.py tests/test_lora.py\n"
-              "To give up:                       python tools/mutants.py undo --force")
+        print(f"as it was: {undo(ROOT, given.force)}")
+    elif given.what == "hint":
+        print(next_hint(ROOT))
+    elif given.what == "guess":
+        print(guessed(planted(ROOT)["file"], planted(ROOT)["where"], given.which))
+    elif given.what == "reveal":
+        print(planted(ROOT)["reveal"])
+    elif given.what == "station":
+        plant(ROOT, of_station(given.which), given.which)
+        print(f"Station {given.which}: a bug is planted in one of losses.py, buffer.py and sapo.py. Train, look, and find it.\n"
+              "python tools/mutants.py hint | guess FUNCTION | reveal | undo")
     else:
         mutant, = numbered(given.what)[:1]
         function = where(mutant, ROOT)
-        plant(ROOT, {mutant.file: mutated(mutant)})
+        plant(ROOT, mutant)
         print(f"{f'Station {mutant.station}. ' if mutant.station else ''}A bug is in {mutant.file} now. Open the function {function}.\n"
               f"This test turns red:  python -m pytest -x \"{mutant.test}\"\n"
               f"To undo:              python tools/mutants.py undo")

@@ -9,7 +9,7 @@ Left out: the hunt by terminal (tools/mutants.py has it) and the exercises (tool
 """
 
 import dataclasses
-import difflib
+import html
 import inspect
 import linecache
 import random
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -25,8 +26,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in sys.path]
 
+import matplotlib.pyplot as plt
 import numpy as np
-import torch
+from IPython.display import HTML, display
 
 import mutants
 import sapo
@@ -40,6 +42,7 @@ from machine.text import Text
 METHOD = ("losses", "buffer", "sapo")       # in the order in which they import each other
 TINY = {f.name: PRESETS["tiny"][f.name] for f in dataclasses.fields(sapo.SAPOConfig) if f.name in PRESETS["tiny"]}
 SETTINGS = TINY | {"buffer_size": 64}
+COLOURS = {"x": "#e8e8e8", "A": "#d5d9e0", "B": "#b7e1c0", "B'": "#f5b7b1", "C": "#bcd4f5"}
 SLOW = {"segment": "100%", "alpha": 0.99}   # whole responses of a generator that hardly moves; with a learning rate of 3e-4
 
 
@@ -105,12 +108,39 @@ def verified(base, pair):
 
 # ------------------------------------------------------------------------------------------------ bugs
 class Bug:
-    """A bug in copies of the method's files: `bug.sapo`, `bug.buffer`, `bug.losses` are modules like your own."""
+    """A station's bug in copies of the method's files: `bug.sapo`, `bug.buffer` and `bug.losses` are modules like your
+    own, which stay as they are."""
 
     def __init__(self, mutant):
         self.mutant, self.text = mutant, mutants.mutated(mutant, ROOT)
         modules = load({mutant.file: self.text})
         self.losses, self.buffer, self.sapo = (modules[name] for name in METHOD)
+
+    def show(self, function):
+        """Print a function as it is here: show("sapo.split"), or show("buffer.ReplayBuffer.add")."""
+        module, _, name = function.partition(".")
+        print(inspect.getsource(attrgetter(name)(getattr(self, module))))
+
+    def guess(self, function):
+        """Whether the bug is in this function, such as "sapo.split"."""
+        if function:
+            print(mutants.guessed(self.mutant.file, mutants.where(self.mutant, ROOT), function))
+        else:
+            print("no guess yet")
+
+    def test(self):
+        """Run the bug's own test in a copy of the project that has it; print what it says, and return whether it is red."""
+        with tempfile.TemporaryDirectory(prefix="workshop-") as folder:
+            copy = Path(folder, "project")
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*mutants.NOT_COPIED, "figures"))
+            mutants.write(copy, self.mutant.file, self.text)
+            code, output = mutants.run_tests(copy, self.mutant.test)
+        said = re.findall(r"^E\s+(.*)", output, re.M)
+        print(f"{'red' if code == 1 else 'not red'}: {self.mutant.test.split('::')[1]}\n{said[0] if said else ''}")
+        return code == 1
+
+    def reveal(self):
+        print(mutants.revealed(self.mutant, ROOT))
 
 
 def load(changed):
@@ -120,15 +150,60 @@ def load(changed):
         for name in METHOD:
             text, place = changed.get(f"{name}.py") or mutants.read(ROOT, f"{name}.py"), f"<{name}.py of the station>"
             linecache.cache[place] = (len(text), None, text.splitlines(True), place)        # so that `inspect` finds the source
-            module = sys.modules[name] = made[name] = ModuleType(name)
-            exec(compile(text, place, "exec"), vars(module))
+            made[name] = sys.modules[name] = ModuleType(name)
+            exec(compile(text, place, "exec"), vars(made[name]))
     finally:
-        sys.modules.update({name: module for name, module in kept.items() if module})
+        sys.modules |= {name: module for name, module in kept.items() if module}
     return made
 
 
 def plant(station):
-    """The Bug of a station of the workshop, 1 to 6, or of a bug's number in the table, such as "#51"."""
-    if isinstance(station, str):
-        return Bug(mutants.numbered(station.lstrip("#"))[0])
-    return Bug(next(m for m in mutants.MUTANTS if m.station == mutants.STATIONS[station - 1]))
+    """The Bug of a station of the workshop: 1 to 6, or "2b"."""
+    return Bug(mutants.of_station(str(station)))
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+def draw_strips(rows, names=(), width=7.0):
+    """A picture of texts as strips: each row is [(part, number of tokens), ...], with a part such as A, B, B', C or x."""
+    figure, axes = plt.subplots(figsize=(width, 0.32 * len(rows) + 0.5))
+    for i, row in enumerate(rows):
+        left = 0
+        for part, tokens in row:
+            axes.barh(i, tokens, left=left, color=COLOURS.get(part, "#dddddd"), edgecolor="white")
+            if tokens > 1:
+                axes.text(left + tokens / 2, i, f"{part} {tokens}", ha="center", va="center", fontsize=8)
+            left += tokens
+    axes.set_yticks(range(len(rows)), names or [str(i) for i in range(len(rows))])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    plt.show()
+
+
+def draw_curves(runs, *metrics):
+    """A picture of metrics of Runs, {name: Run}, one panel a metric."""
+    figure, panels = plt.subplots(1, len(metrics), figsize=(3.4 * len(metrics), 2.3), squeeze=False, layout="constrained")
+    for panel, metric in zip(panels[0], metrics):
+        for name, run in runs.items():
+            points = [(i, line[metric]) for i, line in enumerate(run.lines, 1) if metric in line]
+            panel.plot(*zip(*points), label=name, linewidth=1.3)
+        panel.set_title(metric, fontsize=9)
+        panel.set_xlabel("step", fontsize=8)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=8)
+    plt.show()
+
+
+def show_pair(pair, text):
+    """A Pair as text in colours: x, y+ with A, B and C, and y- with A, B' and C."""
+    def painted(y, cuts, names):
+        pieces = []
+        for start, stop, name in zip((0, *cuts), (*cuts, len(y)), names):
+            piece = html.escape(text.decode(y[:stop])[len(text.decode(y[:start])):])
+            pieces.append(f'<span style="background:{COLOURS[name]};color:#111" title="{html.escape(name)}">{piece}</span>')
+        return "".join(pieces)
+
+    rows = [("x", html.escape(text.decode(pair.prompt, True))), ("y+", painted(pair.chosen, (pair.start, pair.stop), ("A", "B", "C"))),
+            ("y-", painted(pair.rejected, (pair.start, pair.rejected_stop), ("A", "B'", "C")))]
+    display(HTML("".join(f'<div style="font-family:monospace;margin:2px"><b>{name}</b> {shown}</div>' for name, shown in rows)))
