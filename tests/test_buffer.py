@@ -38,7 +38,8 @@ def rows(pairs):
 # ---------------------------------------------------------------- first in, first out
 
 def test_the_oldest_pair_leaves_first():
-    assert rows(filled(8, capacity=5).pairs) == [3, 4, 5, 6, 7]
+    waiting = rows(filled(8, capacity=5).pairs)
+    assert waiting == [3, 4, 5, 6, 7], f"of pairs 0 to 7 a buffer of 5 holds {waiting}: the oldest must leave"
 
 
 def test_the_buffer_grows_to_its_capacity_and_no_further():

@@ -270,7 +270,9 @@ def test_cuts_are_uniform_over_the_legal_ones(n, segment, length, ended):
         cuts[split(chosen, segment, ENDS, rng)] += 1
     legal = [(i, i + length) for i in range(n - length + 1)]
     assert set(cuts) <= set(legal), "B has the asked length, lies within y+ and never holds the end token"
-    assert len(legal) == 1 or fits([cuts[cut] for cut in legal], [draws / len(legal)] * len(legal))
+    rarest = min(legal, key=cuts.__getitem__)
+    even = len(legal) == 1 or fits([cuts[cut] for cut in legal], [draws / len(legal)] * len(legal))
+    assert even, f"of {len(legal)} legal cuts, each of which should come about {draws / len(legal):.0f} times, B = {rarest} came {cuts[rarest]} times"
 
 
 @pytest.mark.parametrize("segment, n, length", [("256", 1000, 256), ("256", 256, 256), ("256", 255, 255), ("7", 1, 1), ("1", 9, 1), ("50%", 9, 4),
@@ -328,7 +330,8 @@ def test_what_is_generated_depends_on_the_ema_alone(changed):
     for state in (one, two):
         sapo_step(state, stream(examples(20)), cfg)
     generated = [[p.rejected for p in state.buffer.pairs] for state in (one, two)]
-    assert (generated[0] == generated[1]) == (changed != "ema")
+    same = generated[0] == generated[1]
+    assert same == (changed != "ema"), f"B' {'stays the same' if same else 'changes'} with the {changed}: it is the EMA's, and nobody else's"
 
 
 def test_the_ema_writes_its_own_greedy_continuation_of_x_and_A():
@@ -552,7 +555,9 @@ def test_a_label_is_the_token_after(name):
         text = p.prompt + y
         assert [batch.ids[i] for i in row if i >= 0] == text[:-1]
         for place, i in enumerate(row):
-            assert i < 0 or batch.labels[i] in (IGNORE, text[place + 1])
+            if i >= 0 and batch.labels[i] != IGNORE:
+                read, label = int(batch.ids[i]), int(batch.labels[i])
+                assert label == text[place + 1], f"after {text[place]} comes {text[place + 1]}, but {read} has the label {label}"
 
 
 def test_the_prompt_is_scored_only_for_the_nll_and_only_when_asked():
@@ -835,7 +840,9 @@ def test_alpha_weighs_the_old_ema():
     ema, policy = small_model(1), small_model(0)
     old, new = weights(ema), weights(policy)
     distance = ema_update(ema, policy, 0.83)
-    assert close(weights(ema), 0.83 * old + 0.17 * new, 1e-14) and torch.equal(weights(policy), new)
+    moved, turned = (close(weights(ema), share * old + (1 - share) * new, 1e-14) for share in (0.83, 0.17))
+    assert moved, f"with alpha 0.83 the EMA is {'0.17 of the old and 0.83 of the new weights' if turned else 'something else'}: alpha weighs the old ones"
+    assert bool(torch.equal(weights(policy), new)), "the policy moved"
     assert distance == pytest.approx(float(0.83 * (new - old).norm() / new.norm()), rel=1e-12)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import mutants
 import real
 import sapo
 import study
@@ -106,14 +105,6 @@ def documents():
 
 def test_the_documents_have_the_table_of_variants():
     assert study.relatives() in documents(), "paste what this prints: python tools/study.py --relatives"
-
-
-def test_the_readmes_workshop_plants_the_bug_of_each_station():
-    text = documents()
-    for number, mutant in enumerate(mutants.MUTANTS, 1):
-        if mutant.station:
-            moved = f"station {mutant.station} is bug {number} now"
-            assert f"python tools/mutants.py {number}`" in text and mutant.test in text, moved
 
 
 def test_the_tables_are_those_of_the_numbers_beside_them():

@@ -31,7 +31,7 @@ VARIANTS = {         # name: (settings, the learning rate that --tune found)
     "SFT": (SFT, 9e-3), "SAPO-DPO": (SAPOConfig(**FORM, segment="24"), 1e-4),
     "SAPO-ORPO": (SAPOConfig(**FORM, segment="24", loss="orpo"), 3e-3),
     "whole picture, DPO": (SAPOConfig(**FORM, segment="100%", after="rewrite"), 3e-4)}
-COLUMNS = {"verifier": (2,), "distance": (1,), "ink": (2,), "less start": (2, "+"), "less SFT": (2, "+")}
+COLUMNS = {"verifier": (2,), "distance": (1,), "ink": (2,), "minus start": (2, "+"), "minus SFT": (2, "+")}
 
 
 def world(seed):
@@ -98,7 +98,7 @@ def results(seed, variants):
         near = [np.linalg.norm(known[its_class == c] - p, axis=1).min() for p, c in zip(drawn, asked)]
         done[name] = dict(zip(COLUMNS, [passes.mean(), np.mean(near), drawn.mean()])), drawn, passes, pairs
     for row, *_ in done.values():
-        row |= {f"less {of}": row["verifier"] - done[of][0]["verifier"] for of in ("start", "SFT")}
+        row |= {f"minus {of}": row["verifier"] - done[of][0]["verifier"] for of in ("start", "SFT")}
     return done
 
 

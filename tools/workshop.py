@@ -28,7 +28,6 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tools")) if path not in
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import HTML, display
 
 import mutants
 import sapo
@@ -119,7 +118,8 @@ class Bug:
     def show(self, function):
         """Print a function as it is here: show("sapo.split"), or show("buffer.ReplayBuffer.add")."""
         module, _, name = function.partition(".")
-        print(inspect.getsource(attrgetter(name)(getattr(self, module))))
+        found = attrgetter(name)(getattr(self, module))
+        print(inspect.getsource(found.fget if isinstance(found, property) else found))
 
     def guess(self, function):
         """Whether the bug is in this function, such as "sapo.split"."""
@@ -153,7 +153,7 @@ def load(changed):
             made[name] = sys.modules[name] = ModuleType(name)
             exec(compile(text, place, "exec"), vars(made[name]))
     finally:
-        sys.modules |= {name: module for name, module in kept.items() if module}
+        sys.modules.update({name: module for name, module in kept.items() if module})
     return made
 
 
@@ -197,6 +197,8 @@ def draw_curves(runs, *metrics):
 
 def show_pair(pair, text):
     """A Pair as text in colours: x, y+ with A, B and C, and y- with A, B' and C."""
+    from IPython.display import HTML, display
+
     def painted(y, cuts, names):
         pieces = []
         for start, stop, name in zip((0, *cuts), (*cuts, len(y)), names):
