@@ -59,6 +59,15 @@ def test_each_station_is_planted_looked_at_guessed_tested_and_undone():
     assert all(ast.parse(python(text)) for kind, text in cells() if kind == "code")
 
 
+def test_the_commands_are_the_same_in_bash_and_powershell():
+    """One command a line, without &&, VAR=value, continued lines, quotes other than ", and variables."""
+    blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", page("workshop.md"), re.M | re.S)
+    lines = [line for language, block in blocks if language != "python" for line in block.splitlines()]
+    assert len(lines) > 12
+    for line in lines:
+        assert re.match(r"(python|pip|jupyter) ", line) and not re.search(r"&&|[\\;$`'*~<>|]", line), line
+
+
 @pytest.mark.parametrize("station", STATIONS)
 def test_neither_page_gives_a_bug_away_and_the_answers_name_it(station):
     mutant = mutants.of_station(station)
