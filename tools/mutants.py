@@ -505,9 +505,10 @@ def hint(mutant, station, level, root=ROOT):
 
 def guessed(file, function, answer):
     """What is said to a guess such as split or sapo.split, where it is in this function of this file."""
-    place = f"{Path(file).stem}.{function}"
-    right = f".{place}".endswith(f".{answer.strip().removesuffix('()')}") or answer == f"{Path(file).stem}.{function.split('.')[-1]}"
-    return f"Yes, it is in {place}." if right and answer.strip() else f"No, {answer or 'nothing'} is as it was."
+    module, last = Path(file).stem, function.split(".")[-1]
+    if answer.strip().removesuffix("()") in (function, last, f"{module}.{function}", f"{module}.{last}"):
+        return f"Yes, it is in {module}.{function}."
+    return f"No, {answer or 'nothing'} is as it was."
 
 
 def revealed(mutant, root=ROOT):
