@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 import workshop
-from buffer import ReplayBuffer, collate
+from buffer import ReplayBuffer, collate, common_prefix
 from losses import dpo_loss, preference_loss, score, scored_tokens
 from model import twin
 from sapo import SAPOConfig, State, ema_update, generate_segments, optimizer_step, sapo_step, splice, split
@@ -101,8 +101,8 @@ assert set(starts) == set(range(places)), "every legal place comes"
 # ## [3] The EMA model generates B' after (x, A)
 #
 # `State` holds everything that Algorithm 1 changes. At the start theta_ema, pi_ref and theta are one model. The
-# generator sees x and A, and neither B nor C. The picture shows what it may say first, for the first example; the
-# token that y+ has there is dark.
+# generator sees x and A, and neither B nor C. The picture shows what it might have said where B' first leaves B: y+ has
+# the green token there, and B' the red one.
 
 # %%
 cfg = SAPOConfig(**workshop.SETTINGS)
@@ -112,13 +112,16 @@ segments = generate_segments(state.generator, examples, cuts, cfg, eos, sample_r
 for e, (start, stop), new in zip(examples, cuts, segments):
     print("B ", repr(text.decode(e.chosen[start:stop])), "\nB'", repr(text.decode(new)), "\n")
 
-e, (start, stop) = examples[0], cuts[0]
+e, (start, stop), new = next((row for row in zip(examples, cuts, segments) if row[0].chosen[row[1][0]:row[1][1]] != row[2]),
+                             (examples[0], cuts[0], segments[0]))
+same = common_prefix(e.chosen[start:stop], new)
+same = min(same, len(new) - 1, stop - start - 1)
 with torch.no_grad():
-    logits = state.ema(torch.tensor([e.prompt + e.chosen[:start]]))[0, -1]
+    logits = state.ema(torch.tensor([e.prompt + e.chosen[:start] + new[:same]]))[0, -1]
 top = logits.softmax(-1).topk(8)
+colours = {e.chosen[start + same]: "#57a773", new[same]: "#d9695f"}
 plt.figure(figsize=(6, 1.8))
-plt.bar([repr(text.decode([i])) for i in top.indices.tolist()], top.values,
-        color=["#2d6a4f" if i == e.chosen[start] else "#e39c94" for i in top.indices.tolist()])
+plt.bar([repr(text.decode([i])) for i in top.indices.tolist()], top.values, color=[colours.get(i, "#c3c9d1") for i in top.indices.tolist()])
 plt.ylabel("probability")
 plt.tick_params(labelsize=8)
 plt.show()
@@ -147,24 +150,25 @@ for p in pairs:
 # %% [markdown]
 # ## [5] Append to the buffer, the oldest leaves
 #
-# Here is a buffer of 8 that gets 4 pairs a step. A row of the picture is what it holds after a step: the darker, the
-# older.
+# Here is a buffer of 8 that gets 3 pairs a step. A row of the picture is what it holds after a step: the number is the
+# step in which a pair came, and the darker, the longer it has waited.
 
 # %%
-small, rows = ReplayBuffer(8), []
+small, waited = ReplayBuffer(8), np.full((6, 8), np.nan)
+plt.figure(figsize=(4.5, 2.4))
 for step in range(6):
-    for p in pairs:
-        fresh = splice(examples[0], cuts[0], segments[0], eos)
-        fresh.step = step
-        small.add(fresh)
-    rows.append([step - p.step for p in small.pairs] + [np.nan] * (8 - len(small)))
-plt.figure(figsize=(4, 1.8))
-plt.imshow(rows, cmap="Greens", vmin=0, vmax=2)
+    for e, cut, new in list(zip(examples, cuts, segments))[:3]:
+        pair = splice(e, cut, new, eos)
+        pair.step = step
+        small.add(pair)
+    for place, pair in enumerate(small.pairs):
+        waited[step, place] = step - pair.step
+        plt.text(place, step, pair.step, ha="center", va="center", fontsize=8)
+plt.imshow(waited, cmap="Greens", vmin=-1, vmax=4, aspect="auto")
 plt.xlabel("place in the buffer, oldest first")
 plt.ylabel("step")
-plt.colorbar(label="steps waited")
 plt.show()
-assert len(small) == 8 and [p.step for p in small.pairs] == [4] * 4 + [5] * 4
+assert [pair.step for pair in small.pairs] == [3, 3, 4, 4, 4, 5, 5, 5]
 
 # %% [markdown]
 # ## [6] Draw a mini-batch of triples from the buffer
