@@ -29,6 +29,9 @@ os.chdir(ROOT)
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import inspect
+import warnings
+
+warnings.filterwarnings("ignore", message="IProgress")
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,7 +40,6 @@ import torch
 import workshop
 from buffer import ReplayBuffer, collate, common_prefix
 from losses import dpo_loss, preference_loss, score, scored_tokens
-from model import twin
 from sapo import SAPOConfig, State, ema_update, generate_segments, optimizer_step, sapo_step, splice, split
 from workshop import draw_curves, draw_strips, plant, run, show_pair
 
@@ -84,7 +86,8 @@ assert len({e.row for e in examples}) == 4, "no row comes twice within an epoch"
 # %%
 rng = np.random.default_rng(0)
 cuts = [split(e.chosen, "12", eos, rng) for e in examples]
-draw_strips([[("A", start), ("B", stop - start), ("C", len(e.chosen) - stop)] for e, (start, stop) in zip(examples, cuts)])
+draw_strips([[("A", start), ("B", stop - start), ("C", len(e.chosen) - stop)]
+             for e, (start, stop) in zip(examples, cuts)])
 
 y = examples[0].chosen
 starts = [split(y, "12", eos, rng)[0] for _ in range(4000)]
@@ -94,7 +97,8 @@ plt.bar(range(places), np.bincount(starts, minlength=places), color="#7fb68f")
 plt.axhline(4000 / places, color="black", linewidth=0.8)
 plt.xlabel("where B starts")
 plt.show()
-assert all(stop - start == 12 and e.chosen[stop - 1] not in eos for e, (start, stop) in zip(examples, cuts))
+for e, (start, stop) in zip(examples, cuts):
+    assert stop - start == 12 and e.chosen[stop - 1] not in eos
 assert set(starts) == set(range(places)), "every legal place comes"
 
 # %% [markdown]
@@ -106,46 +110,56 @@ assert set(starts) == set(range(places)), "every legal place comes"
 
 # %%
 cfg = SAPOConfig(**workshop.SETTINGS)
-state = State.start(policy, cfg, eos, lr=1e-4, vocab=text.vocab, steps_per_epoch=len(data) // cfg.batch_size)
+state = State.start(policy, cfg, eos, lr=1e-4, vocab=text.vocab,
+                    steps_per_epoch=len(data) // cfg.batch_size)
 sample_rng = torch.Generator().manual_seed(0)
 segments = generate_segments(state.generator, examples, cuts, cfg, eos, sample_rng, text.vocab)
 for e, (start, stop), new in zip(examples, cuts, segments):
     print("B ", repr(text.decode(e.chosen[start:stop])), "\nB'", repr(text.decode(new)), "\n")
 
-e, (start, stop), new = next((row for row in zip(examples, cuts, segments) if row[0].chosen[row[1][0]:row[1][1]] != row[2]),
-                             (examples[0], cuts[0], segments[0]))
-same = common_prefix(e.chosen[start:stop], new)
-same = min(same, len(new) - 1, stop - start - 1)
+for e, (start, stop), new in zip(examples, cuts, segments):
+    if e.chosen[start:stop] != new:                     # the first that differs from B
+        break
+same = min(common_prefix(e.chosen[start:stop], new), len(new) - 1, stop - start - 1)
 with torch.no_grad():
     logits = state.ema(torch.tensor([e.prompt + e.chosen[:start] + new[:same]]))[0, -1]
 top = logits.softmax(-1).topk(8)
+tokens = top.indices.tolist()
 colours = {e.chosen[start + same]: "#57a773", new[same]: "#d9695f"}
 plt.figure(figsize=(6, 1.8))
-plt.bar([repr(text.decode([i])) for i in top.indices.tolist()], top.values, color=[colours.get(i, "#c3c9d1") for i in top.indices.tolist()])
+plt.bar([repr(text.decode([i])) for i in tokens], top.values,
+        color=[colours.get(i, "#c3c9d1") for i in tokens])
 plt.ylabel("probability")
 plt.tick_params(labelsize=8)
 plt.show()
-assert all(1 <= len(new) <= stop - start for new, (start, stop) in zip(segments, cuts)), "B' is at most as long as B"
-other = [e._replace(chosen=e.chosen[:stop] + e.chosen[stop:stop + 1] * 3 + list(eos[:1])) for e, (_, stop) in zip(examples, cuts)]
-again = generate_segments(state.generator, other, cuts, cfg, eos, torch.Generator().manual_seed(0), text.vocab)
+for new, (start, stop) in zip(segments, cuts):
+    assert 1 <= len(new) <= stop - start, "B' is at most as long as B"
+other = [e._replace(chosen=e.chosen[:stop] + e.chosen[:3] + [eos[0]])
+         for e, (_, stop) in zip(examples, cuts)]
+again = generate_segments(state.generator, other, cuts, cfg, eos,
+                          torch.Generator().manual_seed(0), text.vocab)
 assert again == segments, "another C changes nothing: the generator has not read it"
 
 # %% [markdown]
 # ## [4] y- <- A + B' + C
 #
 # The rejected response is y+ with other words in one place. Nobody checks that B' is worse than B: the method needs
-# no judge. Find a pair below whose y- has nothing wrong in it.
+# no verifier. Find a pair below whose y- has nothing wrong in it.
 
 # %%
 pairs = [splice(e, cut, new, eos) for e, cut, new in zip(examples, cuts, segments)]
 for p in pairs:
     show_pair(p, text)
-draw_strips([row for p in pairs for row in (
-    [("A", p.start), ("B", p.stop - p.start), ("C", len(p.chosen) - p.stop)],
-    [("A", p.start), ("B'", p.rejected_stop - p.start), ("C", len(p.rejected) - p.rejected_stop)])], ["y+", "y-"] * 4)
+strips = []
+for p in pairs:
+    strips.append([("A", p.start), ("B", p.stop - p.start), ("C", len(p.chosen) - p.stop)])
+    strips.append([("A", p.start), ("B'", p.rejected_stop - p.start),
+                   ("C", len(p.rejected) - p.rejected_stop)])
+draw_strips(strips, ["y+", "y-"] * len(pairs))
 for p in pairs:
     assert p.rejected[:p.start] == p.chosen[:p.start], "A stands in both"
-    assert not p.keeps_C or p.rejected[p.rejected_stop:] == p.chosen[p.stop:], "and C, if B' did not end the answer"
+    C = p.chosen[p.stop:] if p.keeps_C else []
+    assert p.rejected[p.rejected_stop:] == C, "and C, if B' did not end the answer"
 
 # %% [markdown]
 # ## [5] Append to the buffer, the oldest leaves
@@ -193,14 +207,15 @@ assert all(150 < p.uses < 350 for p in small.pairs)
 # ## [7] The loss: first the scores
 #
 # The model reads x + y once, and each place predicts the token *after* it. So the labels of a row are its ids, one
-# place to the left, and only the response is scored. (Compare `labels` in `tools/exercises.py`.)
+# place to the left, and only the response is scored. (Compare `labels` in `docs/exercises.py`.)
 
 # %%
 e = examples[0]
 row = e.prompt + e.chosen
 shown = range(len(e.prompt) - 3, len(e.prompt) + 3)
 print("token that is read   ", [text.decode([row[t]]) for t in shown])
-print("token to be predicted", [text.decode([row[t + 1]]) if t + 1 >= len(e.prompt) else "-" for t in shown])
+print("token to be predicted",
+      [text.decode([row[t + 1]]) if t + 1 >= len(e.prompt) else "-" for t in shown])
 
 
 def token_logps(model, x, y):
@@ -211,11 +226,16 @@ def token_logps(model, x, y):
 
 p = next((p for p in pairs if p.keeps_C and p.chosen != p.rejected), pairs[0])
 with torch.no_grad():
-    plus, minus = token_logps(policy, p.prompt, p.chosen), token_logps(policy, p.prompt, p.rejected)
+    plus, minus = [token_logps(policy, p.prompt, y) for y in (p.chosen, p.rejected)]
 figure, both = plt.subplots(2, 1, figsize=(7, 2.8), sharex=True, sharey=True, layout="constrained")
-for axes, name, values, stop, colour in ((both[0], "y+", plus, p.stop, "#57a773"), (both[1], "y-", minus, p.rejected_stop, "#d9695f")):
-    axes.bar(range(len(values)), values, color=["#9aa3ad" if t < p.start else colour if t < stop else "#6f9ee8" for t in range(len(values))])
-    axes.set_ylabel(f"{name}, nats")
+for axes, values, stop, colour in ((both[0], plus, p.stop, "#57a773"),
+                                   (both[1], minus, p.rejected_stop, "#d9695f")):
+    t = np.arange(len(values))
+    for part, paint in ((t < p.start, "#9aa3ad"), ((t >= p.start) & (t < stop), colour),
+                        (t >= stop, "#6f9ee8")):
+        axes.bar(t[part], values.numpy()[part], color=paint)
+both[0].set_ylabel("y+, nats")
+both[1].set_ylabel("y-, nats")
 both[1].set_xlabel("token of the response: A grey, B green, B' red, C blue")
 plt.show()
 
@@ -228,7 +248,8 @@ plt.show()
 batch = collate(pairs, **scored_tokens(cfg))
 with torch.no_grad():
     chosen, rejected = score(policy, batch)
-    by_hand = torch.stack([(token_logps(policy, p.prompt, p.chosen).sum() - token_logps(policy, p.prompt, p.rejected).sum()) for p in pairs])
+    by_hand = torch.stack([token_logps(policy, p.prompt, p.chosen).sum()
+                           - token_logps(policy, p.prompt, p.rejected).sum() for p in pairs])
     reference = score(state.reference, batch)
 print("gap of each pair, in nats:", [round(v, 2) for v in (chosen - rejected).tolist()])
 assert torch.allclose(chosen - rejected, by_hand, atol=1e-3)
@@ -254,7 +275,7 @@ assert torch.allclose(loss.value, torch.tensor(2.0).log(), atol=1e-5)
 # One step of AdamW on these four pairs. Each pair's gap moves; the reference stays where it was.
 
 # %%
-before = (chosen - rejected)
+before = chosen - rejected
 losses, metrics = preference_loss(policy, batch, cfg, reference)
 losses.mean().backward()
 norm = optimizer_step(state.optimizer, policy, cfg.max_grad_norm)
@@ -284,7 +305,8 @@ assert distance > 0
 plt.figure(figsize=(4.5, 2))
 plt.plot(range(30), range(30), color="black", label="policy")
 for alpha in (0.5, 0.9, 0.99):
-    follower, leader, path = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), []
+    follower, leader = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    path = []
     follower.requires_grad_(False).weight.zero_()
     for step in range(30):
         leader.weight.data.fill_(float(step))
@@ -348,7 +370,7 @@ plt.figure(figsize=(5, 1.8))
 plt.bar(np.arange(10) - 0.2, left_behind(clean), 0.4, label="clean")
 plt.bar(np.arange(10) + 0.2, left_behind(bent), 0.4, label="station 1")
 plt.xlabel("tokens of C before the end token")
-plt.legend(fontsize=8)
+plt.legend(fontsize=8, bbox_to_anchor=(1, 1))
 plt.show()
 assert left_behind(clean)[0] > 0 == left_behind(bent)[0]
 
@@ -402,8 +424,10 @@ bug = None
 bug = plant("2b")
 bent = run(base, bug, steps=5)
 print(f"first loss {bent.lines[0]['loss']:.3f}, in the clean run {clean.lines[0]['loss']:.3f}")
-bug.reveal()
 assert abs(bent.lines[0]["loss"] - np.log(2)) > 0.1
+
+# %%
+bug.reveal()
 bug = None
 
 # %% [markdown]
@@ -415,7 +439,8 @@ bug = None
 # %%
 bug = plant(3)
 bent = run(base, bug)
-draw_curves({"clean": clean, "station 3": bent}, "loss", "rewards/accuracies", "buffer/staleness", "buffer/uses")
+draw_curves({"clean": clean, "station 3": bent},
+            "loss", "rewards/accuracies", "buffer/staleness", "buffer/uses")
 assert bent.lines[-1]["buffer/staleness"] > 5 * clean.lines[-1]["buffer/staleness"]
 
 # %% [markdown]
@@ -444,7 +469,8 @@ bug = None
 # %%
 bug = plant(4)
 bent4 = run(base, bug, lr=3e-4, **workshop.SLOW)
-draw_curves({"slow": slow, "station 4": bent4}, "ema/distance", "pairs/rejected_verified", "rewards/margins")
+draw_curves({"slow": slow, "station 4": bent4},
+            "ema/distance", "pairs/rejected_verified", "rewards/margins")
 assert bent4.last("ema/distance") < slow.last("ema/distance") / 50
 
 # %% [markdown]
@@ -473,7 +499,8 @@ bug = None
 # %%
 bug = plant(5)
 bent5 = run(base, bug, lr=3e-4, **workshop.SLOW)
-draw_curves({"slow": slow, "station 4": bent4, "station 5": bent5}, "ema/distance", "pairs/rejected_verified", "rewards/margins")
+draw_curves({"slow": slow, "station 4": bent4, "station 5": bent5},
+            "ema/distance", "pairs/rejected_verified", "rewards/margins")
 assert bent5.last("ema/distance") > slow.last("ema/distance") / 5
 
 # %% [markdown]
@@ -498,8 +525,10 @@ bug = None
 # %%
 bug = plant(6)
 bent = run(base, bug)
-draw_curves({"clean": clean, "station 6": bent}, "loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
-assert bent.last("loss") < np.log(2) and bent.last("rewards/margins") < 0 < clean.last("rewards/margins")
+draw_curves({"clean": clean, "station 6": bent},
+            "loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
+assert bent.last("loss") < np.log(2)
+assert bent.last("rewards/margins") < 0 < clean.last("rewards/margins")
 
 # %% [markdown]
 # {{hints 6}}

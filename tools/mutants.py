@@ -516,7 +516,7 @@ def revealed(mutant, root=ROOT):
     old, new = read(root, mutant.file).splitlines(), mutated(mutant, root).splitlines()
     changes = [line for line in difflib.unified_diff(old, new, n=1, lineterm="") if not line.startswith(("---", "+++", "@@"))]
     return "\n".join([f"In {mutant.file}, {where(mutant, root)}: {mutant.name}.", *changes, "This test turns red:",
-                      f'    python -m pytest -q --tb=line "{mutant.test}"'])
+                      f'    python -m pytest -x -q --tb=line "{mutant.test}"'])
 
 
 # ------------------------------------------------------------------------------------------------ here, for a workshop
@@ -566,7 +566,7 @@ def run_tests(folder, *tests):
     lists of thousands of numbers differ can take minutes.
     """
     more = {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--assert=plain", *dict.fromkeys(tests)]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--assert=plain", "--color=no", *dict.fromkeys(tests)]
     try:
         done = subprocess.run(command, cwd=folder, env=os.environ | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT * len(tests),
                               text=True, encoding="utf-8", errors="replace")

@@ -41,7 +41,7 @@ from machine.text import Text
 METHOD = ("losses", "buffer", "sapo")       # in the order in which they import each other
 TINY = {f.name: PRESETS["tiny"][f.name] for f in dataclasses.fields(sapo.SAPOConfig) if f.name in PRESETS["tiny"]}
 SETTINGS = TINY | {"buffer_size": 64}
-COLOURS = {"x": "#e8e8e8", "A": "#d5d9e0", "B": "#b7e1c0", "B'": "#f5b7b1", "C": "#bcd4f5"}
+COLOURS = {"x": "#e8e8e8", "y+": "#b7e1c0", "A": "#d5d9e0", "B": "#b7e1c0", "B'": "#f5b7b1", "C": "#bcd4f5"}
 SLOW = {"segment": "100%", "alpha": 0.99}   # whole responses of a generator that hardly moves; with a learning rate of 3e-4
 
 
@@ -136,7 +136,7 @@ class Bug:
             mutants.write(copy, self.mutant.file, self.text)
             code, output = mutants.run_tests(copy, self.mutant.test)
         said = re.findall(r"^E\s+(.*)", output, re.M)
-        print(f"{'red' if code == 1 else 'not red'}: {self.mutant.test.split('::')[1]}\n{said[0] if said else ''}")
+        print(f"{'red' if code == 1 else 'not red'}: {self.mutant.test.split('::')[1]}\n{said[0] if said else output[-300:]}")
         return code == 1
 
     def reveal(self):
