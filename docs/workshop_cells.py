@@ -530,7 +530,7 @@ bent = run(base, bug)
 draw_curves({"clean": clean, "station 6": bent},
             "loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
 assert bent.last("loss") < np.log(2)
-assert bent.last("rewards/margins") < 0 < clean.last("rewards/margins")
+assert bent.last("rewards/margins", 50) < 0 < clean.last("rewards/margins", 50)
 
 # %% [markdown]
 # {{hints 6}}

@@ -4,9 +4,6 @@ A wrong solution is the first right one of its exercise with one piece of text c
 sentence that it must get, so that no other fault is named.
 """
 
-import subprocess
-import sys
-
 import pytest
 from conftest import ROOT
 
@@ -23,7 +20,7 @@ def split(chosen, length, eos, rng):
 def split(chosen, length, eos, rng):
     end = len(chosen) - 1 if chosen[-1] in set(eos) else len(chosen)
     cuts = [(i, i + length) for i in range(end) if i + length <= end] or [(0, end)]
-    return cuts[rng.permutation(len(cuts))[0]]
+    return rng.choice(cuts)
 """, """
 def split(chosen, length, eos, rng):
     body = chosen[:-1] if chosen[-1] in eos else chosen
@@ -320,23 +317,31 @@ def test_a_wrong_solution_is_told_why_in_a_sentence(name, old, new, words):
     assert words in sentence and len(sentence) < 330 and "\n" not in sentence and "tensor(" not in sentence, sentence
 
 
-def marked(*arguments):
-    return subprocess.run([sys.executable, "tools/exercises.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+@pytest.fixture
+def marked(capsys):
+    """marked(file): exit code and what is printed."""
+    return lambda path: (exercises.main([str(path)]), *capsys.readouterr())
 
 
-def test_the_empty_exercises_are_not_written_yet():
-    done = marked("docs/exercises.py")
-    assert done.returncode == 1 and done.stdout.count("not written yet") == 7 and "0 of 7" in done.stdout
+def test_the_empty_exercises_are_not_written_yet(marked):
+    code, said, _ = marked(ROOT / "docs/exercises.py")
+    assert code == 1 and said.count("not written yet") == 7 and "0 of 7" in said
 
 
-def test_a_file_of_right_solutions_is_right_and_one_that_is_no_python_is_refused(tmp_path):
+def test_a_file_of_right_solutions_is_right_and_one_that_is_no_python_is_refused(tmp_path, marked):
     path = tmp_path / "mine.py"
     path.write_text("\n".join(sources[1] for sources in RIGHT.values()), "utf-8")
-    done = marked(path)
-    assert done.returncode == 0 and "7 of 7" in done.stdout
-    path.write_text("def split(:\n", "utf-8")
-    done = marked(path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "line 1" in done.stderr
+    code, said, _ = marked(path)
+    assert code == 0 and "7 of 7" in said
     path.write_text(RIGHT["split"][0] + "\nsplice = 3\n", "utf-8")
-    done = marked(path)
-    assert done.returncode == 1 and "there is no Queue" in done.stdout and "1 of 7" in done.stdout
+    code, said, _ = marked(path)
+    assert code == 1 and "there is no Queue" in said and "1 of 7" in said
+    path.write_text("def split(:\n", "utf-8")
+    code, _, said = marked(path)
+    assert code == 2 and len(said.splitlines()) == 1 and "line 1" in said
+
+
+def test_the_first_call_brings_the_empty_exercises_and_the_next_marks_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "MINE", tmp_path / "runs/exercises.py")
+    assert exercises.main([]) == 0 and (tmp_path / "runs/exercises.py").read_bytes() == (ROOT / "docs/exercises.py").read_bytes()
+    assert exercises.main([]) == 1 and "0 of 7" in capsys.readouterr().out
