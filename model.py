@@ -263,13 +263,15 @@ class Transformer(nn.Module):
         Without rows, ids (B, T) are texts of one length, or padded on the right.
         cache: a KVCache for these rows to fill, or to extend by ids (B, 1) at positions (B, 1).
         """
-        stream, decoding = None, cache is not None and rows is None
-        width = cache.width if decoding else (ids if rows is None else rows).shape[1]
-        if rows is not None:
-            stream = rows, first_places(rows, len(ids))
+        stream, decoding = None, False
+        if rows is not None:                             # a stream
+            stream, width = (rows, first_places(rows, len(ids))), rows.shape[1]
             positions = stream[1] % width                                  # (N,)
-        elif not decoding:
+        elif cache is None:                              # whole rows
+            width = ids.shape[1]
             positions = torch.arange(width, device=ids.device).expand_as(ids)
+        else:                                            # a token more of each row
+            width, decoding = cache.width, True
         x = self.model.embed_tokens(ids)                                   # (..., D)
         if self.config.embedding_scale != 1:             # rounded as the embedding is
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)

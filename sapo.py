@@ -200,7 +200,7 @@ def steps_ahead(state, cfg):
 def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
     """[7]: the gradient of the mean loss over `pairs`, in micro-batches formed by length. Returns
     metrics. The mean is over all pairs, so micro-batches do not change it, RPO's aside."""
-    order = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
+    order = sorted(pairs, key=lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)))
     parts = [order[i:i + cfg.micro_batch] for i in range(0, len(order), cfg.micro_batch)]
     device = next(state.policy.parameters()).device
     values, bad_rows = [], []

@@ -38,7 +38,7 @@ from machine.flags import parse
 from machine.folders import (blank, load_pretrained, plain_weights, read_weights, save_adapter,
                              save_pretrained, stored_weights)
 from machine.inputs import read_inputs
-from machine.parallel import World, load_weights, starting_model, twin_of, wrap
+from machine.parallel import World, load_weights, slow_dtype, starting_model, twin_of, wrap
 from machine.process import Diverged, Stopped, signals
 from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text,
                             passes, print_profile, print_sample, show_pair, show_rows, table_text,
@@ -117,7 +117,7 @@ class Run:
         cfg, world = self.cfg, self.world
         inputs = self.inputs
         world.together(self.claim)
-        for note in dict.fromkeys(data.note for data in inputs.data):
+        for note in dict.fromkeys([*(d.note for d in inputs.data), *slow_dtype(self.half, world.device)]):
             self.log.say(note)
         if inputs.notes:
             self.log.say("written folders: " + "; ".join(inputs.notes))

@@ -5,6 +5,7 @@ Every process takes the same number of steps and makes the same calls; what one 
 
 import datetime
 import os
+import timeit
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,18 @@ class World:
     def close(self):
         if self.many and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def slow_dtype(dtype, device):
+    """A list of one sentence if a CPU lacks the instructions for `dtype`, as a small product tells; else of none."""
+    seconds = []
+    for kind in (torch.float32, dtype):
+        a = torch.ones(256, 256, dtype=kind)
+        seconds.append(min(timeit.repeat(lambda: a @ a, number=1, repeat=3)))
+    if device.type != "cpu" or dtype is torch.float32 or seconds[1] < 2 * seconds[0]:
+        return []
+    return [f"on this CPU a product in {str(dtype).removeprefix('torch.')} takes {seconds[1] / seconds[0]:.0f} "
+            "times as long as in float32; --dtype float32 is faster"]
 
 
 def shard(model, world, half):

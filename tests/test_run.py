@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from buffer import unpack
+from machine import parallel
 from machine.checkpoint import from_disk
 from machine.rows import Row
 from machine.text import Text
@@ -562,3 +563,15 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(whole, world, 
     assert process.exitcode == -signal.SIGKILL and len(lines(tmp_path / "run/metrics.jsonl")) == 1
     resume(tmp_path / "run")
     assert not differences(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("seconds, said", [((0.001, 0.4), "bfloat16 takes 400 times as long as in float32; --dtype float32 is faster"), ((0.001, 0.0015), "")])
+def test_a_cpu_without_the_instructions_for_bfloat16_is_told_by_a_product(monkeypatch, seconds, said):
+    times = iter(seconds)
+    monkeypatch.setattr(parallel.timeit, "repeat", lambda product, **how: [next(times)] * 3 if product().shape == (256, 256) else None)
+    note = "".join(parallel.slow_dtype(torch.bfloat16, torch.device("cpu")))
+    assert said in note and bool(note) == bool(said)
+
+
+def test_a_run_in_float32_says_nothing_of_bfloat16():
+    assert not parallel.slow_dtype(torch.float32, torch.device("cpu"))

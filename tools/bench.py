@@ -1,13 +1,16 @@
 """What it costs: seconds and memory of this code beside transformers and TRL, on the same weights and the same tokens.
 
-    python tools/bench.py [generate|train|step|growth|all] [--device cpu|cuda] [--threads N] [--repeats 5]
+    python tools/bench.py [generate|train|step|padding|growth|all] [--device cpu|cuda] [--threads N] [--repeats 5]
                           [--sizes tiny,small,smollm2] [--model DIR] [--json FILE] [--figure FILE.png] [--quick]
+                          [--data FILE.jsonl] [--against REVISION]
 
     generate   `generate` against transformers' (sampling, KV cache on), and against transformers without a cache, which
                is the authors' way
-    train      one optimizer step on the same pairs: with the prefix shared, with two plain rows a pair, and by TRL's
+    train      one optimizer step on the same pairs: with the prefix shared, with both texts in full, and by TRL's
                own trainer; seconds and memory
     step       the whole of Algorithm 1, a step, against transformers' generate and TRL's step
+    padding    pairs of unequal lengths (Capybara's, and those of --data): how many of the tokens that go through the
+               matrices are real, beside two padded layouts; then a step, with the revision --against beside it, and TRL
     growth     how time and memory grow with length, batch, segment, vocabulary and buffer, beside what they ought to do
 
 With --device cuda the first three are the GPU's tables: decoding against the bandwidth floor and transformers, training
@@ -30,6 +33,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -51,7 +55,7 @@ import torch
 
 import sapo
 from buffer import Pair, ReplayBuffer, collate
-from losses import IGNORE, scored_tokens
+from losses import IGNORE, batch_logps, scored_tokens
 from machine.folders import load_pretrained, save_pretrained
 from model import ModelConfig, Transformer, generate, twin
 
@@ -60,8 +64,10 @@ MiB, GiB = 2**20, 2**30
 SAMPLING = dict(temperature=0.7, top_k=50, top_p=0.95)      # the authors'
 #          hidden, layers, heads, key-value heads, intermediate, vocabulary
 SIZES = {"toy": (64, 2, 4, 2, 128, 256), "tiny": (128, 4, 4, 2, 352, 1024), "small": (512, 8, 8, 4, 1376, 8192),
-         "trained": (256, 4, 4, 2, 704, 8192), "smollm2": (576, 30, 9, 3, 1536, 49152),
+         "trained": (256, 4, 4, 2, 704, 8192), "smollm2": (576, 30, 9, 3, 1536, 49152), "wide": (576, 4, 9, 3, 1536, 49152),
          "1.2B": (2048, 16, 32, 8, 8192, 128256)}
+#          median tokens of a prompt and of a response; lengths are lognormal with sigma 0.7, and 1792 and 2048 in all at most
+LENGTHS = {"Capybara-like": (500, 300), "long answers": (120, 700)}
 #          prompt, A, B, C; prompt + A is shared, B + C is not   vocabulary, pairs
 SHAPES = {"long": ((512, 128, 256, 128), 49152, 2), "short": ((48, 16, 192, 64), 8192, 4)}
 
@@ -163,7 +169,7 @@ class Report:
 
 
 # ----------------------------------------------------------------------------- models, ours and theirs
-def build(size, device="cpu", dtype=torch.float32, seed=0, vocab=None):
+def build(size, device="cpu", dtype=torch.float32, seed=0, vocab=None, Transformer=Transformer):
     """A Transformer of random weights."""
     hidden, layers, heads, kv, intermediate, V = SIZES[size]
     config = ModelConfig(vocab or V, hidden, intermediate, layers, heads, kv, hidden // heads,
@@ -268,23 +274,37 @@ def make_pairs(n, lengths, vocab, seed=0):
 
 def micro_batches(pairs, cfg):
     """As sapo forms them, by length: the same for TRL, so that padding is not what is compared."""
-    order = sorted(pairs, key=lambda p: len(p.prompt) + len(p.chosen) + len(p.rejected))
+    order = sorted(pairs, key=lambda p: len(p.prompt) + max(len(p.chosen), len(p.rejected)))
     return [order[i:i + cfg.micro_batch] for i in range(0, len(order), cfg.micro_batch)]
 
 
-def our_trainer(policy, reference, cfg, share=True, autocast=nullcontext):
+def our_trainer(policy, reference, cfg, share=True, autocast=nullcontext, sapo=sapo):
     """pairs -> loss: gradient, clipping, AdamW, as in sapo_step. keep_ref False: the reference is scored each time."""
     state = sapo.State.start(policy, cfg, (), keep_ref=False)
     state.ema = state.generator = policy                    # no EMA takes part here
     state.reference = reference if cfg.loss == "dpo" else None
-    as_rows = functools.partial(collate, share=share)
+    laid_out = functools.partial(sapo.collate, share=share)
 
     def step(pairs):
         state.clock.start()
-        with patch.object(sapo, "collate", as_rows):
+        with patch.object(sapo, "collate", laid_out):
             loss = sapo.accumulate_gradient(state, pairs, cfg, autocast)["loss"]
         return finish(loss, policy, state.optimizer, cfg)
     return step
+
+
+@functools.cache
+def revision(name):
+    """(model, sapo), two modules of the project as a revision of git has them."""
+    root, ours = Path(__file__).resolve().parent.parent, ("losses", "model", "buffer", "sapo")
+    with tempfile.TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", name, *(f"{m}.py" for m in ours)], cwd=root, check=True, stdout=subprocess.PIPE)
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        with patch.dict(sys.modules), patch.object(sys, "path", [folder, *sys.path]):
+            for module in ours:
+                del sys.modules[module]
+            importlib.invalidate_caches()
+            return importlib.import_module("model"), importlib.import_module("sapo")
 
 
 def their_trainer(policy, reference, cfg, autocast=nullcontext):
@@ -314,8 +334,10 @@ def finish(loss, policy, optimizer, cfg):
 
 def train_variant(variant, size, vocab, cfg, device="cpu", autocast=nullcontext, checkpointing=False):
     """(step, policy): policy from seed 0, the reference a tenth of the way to seed 1, so that the DPO loss is not
-    ln 2."""
-    policy, reference = (build(size, device, seed=seed, vocab=vocab) for seed in (0, 1))
+    ln 2. variant: ours, in full, TRL, or a revision of git."""
+    other = () if variant in ("ours", "in full", "TRL") else revision(variant)
+    maker = other[0].Transformer if other else Transformer
+    policy, reference = (build(size, device, seed=seed, vocab=vocab, Transformer=maker) for seed in (0, 1))
     with torch.no_grad():
         for p, r in zip(policy.parameters(), reference.parameters()):
             r.lerp_(p, 0.9)
@@ -323,7 +345,8 @@ def train_variant(variant, size, vocab, cfg, device="cpu", autocast=nullcontext,
         policy, reference = transformers_copy(policy), transformers_copy(reference) if cfg.loss == "dpo" else None
         return their_trainer(policy, reference, cfg, autocast), policy
     policy.gradient_checkpointing = checkpointing
-    return our_trainer(policy, reference.requires_grad_(False), cfg, variant != "two rows", autocast), policy
+    code = other[1] if other else sapo
+    return our_trainer(policy, reference.requires_grad_(False), cfg, variant != "in full", autocast, code), policy
 
 
 def train_config(loss, n):
@@ -332,8 +355,10 @@ def train_config(loss, n):
 
 
 def variant_memory(variant, loss, size, vocab, n, lengths):
-    """Bytes at the peak of one step above weights and moments, which a tiny step before it creates."""
-    pairs, (step, _) = make_pairs(n, lengths, vocab), train_variant(variant, size, vocab, train_config(loss, n))
+    """Bytes at the peak of one step above weights and moments, which a tiny step before it creates. lengths: of all
+    pairs, or a name of LENGTHS and a segment."""
+    pairs = make_pairs(n, lengths, vocab) if len(lengths) == 4 else uneven_pairs(n, *lengths, vocab)
+    step, _ = train_variant(variant, size, vocab, train_config(loss, n))
     step(make_pairs(1, (2, 2, 2, 2), vocab))
     return memory_of(lambda: step(pairs), "cpu")
 
@@ -377,7 +402,7 @@ def peers_missing(section):
 
 
 def training(args, report):
-    names = ["ours", "two rows"] + ["TRL"] * (not peers_missing("train"))
+    names = ["ours", "in full"] + ["TRL"] * (not peers_missing("train"))
     for shape, (lengths, vocab, n) in SHAPES.items():
         size, vocab, lengths = toy(args, "trained"), toy(args, vocab), shrink(args, lengths)
         pairs = make_pairs(n, lengths, vocab)
@@ -440,6 +465,83 @@ def whole_step(args, report):
         report.row("a whole step, CPU: seconds for two steps of 2 long and 2 short pairs", seconds, loss=loss,
                    ours=spread(seconds["ours"]), **{"transformers + TRL": spread(seconds["peers"])},
                    faster=times_faster(seconds, "ours", "peers"))
+
+
+# ----------------------------------------------------------------------------- pairs of unequal lengths
+def uneven_pairs(n, kind, segment, vocab, shrunk=1):
+    """n Pairs of the lengths of a kind, cut as SAPO cuts; B' is as long as B."""
+    rng, pairs = np.random.default_rng(0), []
+    for i in range(n):
+        prompt, response = (max(4, int(m * rng.lognormal(0, 0.7)) // shrunk) for m in LENGTHS[kind])
+        prompt = min(prompt, 1792 // shrunk)
+        pairs.append(cut_pair(prompt, min(response, 2048 // shrunk - prompt), segment, vocab, rng, 3 * i))
+    return pairs
+
+
+def cut_pair(prompt, response, segment, vocab, rng, seed):
+    x, y, new = (random_ids(k, vocab, seed + j) for j, k in enumerate((prompt, response, response)))
+    start, stop = sapo.split(y, segment, (), rng)
+    return Pair(x, y, y[:start] + new[start:stop] + y[stop:], start, stop, stop)
+
+
+def pairs_of_file(path, segment, vocab):
+    """Pairs as long as the rows of a file of `messages`; a token is a word or a mark, and four more open each turn."""
+    rng, pairs = np.random.default_rng(0), []
+    for i, line in enumerate(Path(path).read_text("utf-8").splitlines()):
+        turns = [len(re.findall(r"\w+|[^\w\s]", turn["content"])) + 4 for turn in json.loads(line)["messages"]]
+        pairs.append(cut_pair(sum(turns[:-1]) + 4, turns[-1] - 3, segment, vocab, rng, 3 * i))
+    return pairs
+
+
+def multiplied(pairs, cfg):
+    """Tokens that go through the matrices of a block in one pass over these pairs, as a hook counts them."""
+    model, tokens = build("toy"), []
+    model.model["layers"][0].mlp.gate_proj.register_forward_hook(lambda module, given, out: tokens.append(out[..., 0].numel()))
+    with torch.no_grad():
+        for part in micro_batches(pairs, cfg):
+            batch_logps(model, collate(part, **scored_tokens(cfg)))
+    return sum(tokens)
+
+
+def padding(args, report):
+    """Real tokens: of each pair both texts without their last token, what they share once."""
+    n, vocab, shrunk = (8, 256, 16) if args.quick else (64, 256, 1)
+    tables = {(kind, segment): uneven_pairs(n, kind, segment, vocab, shrunk) for kind, segment in (
+        ("Capybara-like", "256"), ("long answers", "256"), ("long answers", "64"))}
+    if args.data:
+        tables |= {(Path(args.data).name, segment): pairs_of_file(args.data, segment, vocab) for segment in ("256", "50%")}
+    for (kind, segment), pairs in tables.items():
+        for micro in (1, 8, 16):
+            cfg, real, rows, parts = train_config("dpo", len(pairs)), 0, 0, 0
+            cfg.micro_batch = micro
+            for part in micro_batches(pairs, cfg):
+                texts = collate(part, **scored_tokens(cfg)).texts
+                both = [(t.prefix, len(t.chosen.ids), len(t.rejected.ids)) for t in texts]
+                real += sum(a + b - p for p, a, b in both)
+                rows += 2 * len(part) * max(max(a, b) for _, a, b in both)
+                parts += len(part) * (max(p for p, *_ in both) + 2 * max(max(a, b) - p for p, a, b in both))
+            shares = {"ours": multiplied(pairs, cfg), "prefix, continuations": parts, "two rows": rows}
+            report.row("padding: share of the multiplied tokens that are real", shares | {"real": real}, lengths=kind,
+                       segment=segment, pairs=len(pairs), **{"micro-batch": micro, "real tokens": real},
+                       **{name: f"{real / tokens:.0%}" for name, tokens in shares.items()})
+    report.show()
+    names = ["ours", *([args.against] if args.against else []), *([] if peers_missing("padding") else ["TRL"])]
+    size, vocab, n = toy(args, "wide"), toy(args, 49152), 8
+    for kind, segment in list(tables)[:2]:
+        pairs, losses, variants = uneven_pairs(n, kind, segment, vocab, shrunk), {name: [] for name in names}, {}
+        for name in names:
+            step, _ = train_variant(name, size, vocab, train_config("dpo", n))
+            variants[name] = lambda name=name, step=step: losses[name].append(step(pairs))
+        seconds = rounds(variants, args.repeats, "cpu")
+        del variants, step
+        cells = {name: spread(seconds[name]) for name in names}
+        cells |= {f"faster than {name}": times_faster(seconds, "ours", name) for name in names[1:]}
+        if not args.quick:
+            peaks = {name: in_a_child(name, "dpo", size, vocab, n, (kind, segment)) for name in names}
+            cells |= {f"{name} MiB": f"{peaks[name] / MiB:.0f}" if peaks[name] else "-" for name in names}
+        report.row(f"padding: a DPO step of {n} pairs, CPU: seconds, and peak memory above weights and moments",
+                   {"seconds": seconds, "losses": losses}, lengths=kind, segment=segment, size=size, **cells,
+                   **{"loss apart": apart(losses)})
 
 
 # ----------------------------------------------------------------------------- growth
@@ -615,7 +717,7 @@ def gpu_training(args, report, size, peak):
             seconds = rounds(variants, args.repeats, args.device)
             memory, policy = memory_of(variants["ours"], args.device), made["ours"][1]
             batch = collate(pairs, **scored_tokens(cfg))
-            tokens, labelled = batch.ids.numel(), int((batch.labels != IGNORE).sum())
+            tokens, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
             N, head = sum(p.numel() for p in policy.parameters()), policy.lm_head.weight.numel()
             asked = (8 if loss == "dpo" else 6) * ((N - head) * tokens + head * labelled)
             middle = statistics.median(seconds["ours"])
@@ -679,7 +781,7 @@ def gpu(args, report):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("section", nargs="?", default="all", choices=("generate", "train", "step", "growth", "all"))
+    parser.add_argument("section", nargs="?", default="all", choices=("generate", "train", "step", "padding", "growth", "all"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--repeats", type=int, help="measured rounds (default 5; with --quick 2)")
@@ -687,6 +789,8 @@ def main():
                         "smollm2,1.2B")
     parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct for the size smollm2; without it, random "
                         "weights")
+    parser.add_argument("--data", help="padding: count the tokens of this file of messages too")
+    parser.add_argument("--against", metavar="REVISION", help="padding: time a revision of git too")
     parser.add_argument("--json", help="write everything there, raw seconds too")
     parser.add_argument("--figure", help="growth: draw it there (png)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script")
@@ -712,7 +816,8 @@ def main():
     if on_gpu:
         gpu(args, report)
     else:
-        for name, table in {"generate": generation, "train": training, "step": whole_step, "growth": growth}.items():
+        for name, table in {"generate": generation, "train": training, "step": whole_step,
+                            "padding": padding, "growth": growth}.items():
             if args.section in (name, "all"):
                 with report.section(name):
                     table(args, report)
