@@ -265,8 +265,10 @@ class Transformer(nn.Module):
         """
         stream, decoding = None, False
         if rows is not None:                             # a stream
-            stream, width = (rows, first_places(rows, len(ids))), rows.shape[1]
-            positions = stream[1] % width                                  # (N,)
+            places, width = first_places(rows, len(ids)), rows.shape[1]
+            positions = places % width                                     # (N,)
+            # padding is a token of one's own text, lest a NaN of another's reach it: 0 * NaN is NaN
+            stream = torch.where(rows < 0, rows[:, :1], rows), places
         elif cache is None:                              # whole rows
             width = ids.shape[1]
             positions = torch.arange(width, device=ids.device).expand_as(ids)

@@ -935,6 +935,17 @@ def test_any_texts_may_share_their_beginnings(decoder):
         assert torch.allclose(logits[text], model(torch.tensor([[stream[i] for i in text]]))[0], atol=1e-12)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_not_finite_stays_with_its_pair(order):
+    """Though a shorter text's row is padded: with what, is not the same."""
+    model = small_model()
+    model.model.embed_tokens.weight[50] = torch.nan
+    pairs = [Pair([1, 2], [3, 4, 5, 6], [3, 7, 5, 6]), Pair([1, 2, 9], [3, 4, 5, 6, 7, 8], [3, 7, 5, 6, 8, 8]), Pair([1, 2], [3, 4, 5], [3, 50, 5])]
+    for chosen in (score(model, collate(pairs[::order]))[0], score(model, collate(pairs[::order], share=False))[0]):
+        assert chosen.isfinite().all()
+
+
 def test_a_stream_is_multiplied_once_and_without_padding():
     """Every linear layer gets as many tokens as there are: the purpose of it all."""
     model, pairs, seen = small_model(), some_pairs(), set()

@@ -513,17 +513,19 @@ def padding(args, report):
     for (kind, segment), pairs in tables.items():
         for micro in (1, 8, 16):
             cfg, real, rows, parts = train_config("dpo", len(pairs)), 0, 0, 0
-            cfg.micro_batch = micro
+            cfg.micro_batch, inside = micro, 0
             for part in micro_batches(pairs, cfg):
-                texts = collate(part, **scored_tokens(cfg)).texts
-                both = [(t.prefix, len(t.chosen.ids), len(t.rejected.ids)) for t in texts]
+                batch = collate(part, **scored_tokens(cfg))
+                both = [(t.prefix, len(t.chosen.ids), len(t.rejected.ids)) for t in batch.texts]
                 real += sum(a + b - p for p, a, b in both)
-                rows += 2 * len(part) * max(max(a, b) for _, a, b in both)
+                rows += batch.rows.numel()
+                inside += int((batch.rows >= 0).sum())
                 parts += len(part) * (max(p for p, *_ in both) + 2 * max(max(a, b) - p for p, a, b in both))
             shares = {"ours": multiplied(pairs, cfg), "prefix, continuations": parts, "two rows": rows}
             report.row("padding: share of the multiplied tokens that are real", shares | {"real": real}, lengths=kind,
                        segment=segment, pairs=len(pairs), **{"micro-batch": micro, "real tokens": real},
-                       **{name: f"{real / tokens:.0%}" for name, tokens in shares.items()})
+                       **{name: f"{real / tokens:.0%}" for name, tokens in shares.items()},
+                       **{"places in attention's rows": f"{inside / rows:.0%}"})
     report.show()
     names = ["ours", *([args.against] if args.against else []), *([] if peers_missing("padding") else ["TRL"])]
     size, vocab, n = toy(args, "wide"), toy(args, 49152), 8
