@@ -79,7 +79,7 @@ class World:
 
 
 def slow_dtype(dtype, device):
-    """A list of one sentence if a CPU lacks the instructions for `dtype`, as a small product tells; else of none."""
+    """[a sentence] if a CPU lacks the instructions for `dtype`, as a small product tells; else []."""
     seconds = []
     for kind in (torch.float32, dtype):
         a = torch.ones(256, 256, dtype=kind)
