@@ -50,7 +50,7 @@ torch.set_num_threads(1)        # so small a model is slower on two
 # %% [markdown]
 # ## The base
 #
-# Half a million weights, made from nothing in under a minute by supervised fine-tuning on stories that have *habits*:
+# Half a million weights, made from nothing in about a minute by supervised fine-tuning on stories that have *habits*:
 # the base calls some children "she" who are "he", and turns some colours into others. What SAPO learns from are 300
 # clean stories. The next cell runs `python train.py --steps 1 --lr 0`, unless you have that folder.
 

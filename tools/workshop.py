@@ -63,7 +63,7 @@ class Base(NamedTuple):
 
 
 def make_base(folder="runs/base", seed=42):
-    """The Base in a run folder, trained by `python train.py --steps 1 --lr 0` if it is not there (under a minute): one
+    """The Base in a run folder, trained by `python train.py --steps 1 --lr 0` if it is not there (about a minute): one
     step at learning rate 0 moves nothing, so it is what supervised fine-tuning left."""
     folder = Path(folder)
     if not (folder / "results.json").is_file():
