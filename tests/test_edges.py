@@ -56,11 +56,15 @@ from train import learning_rate
 LIMIT = 60                  # seconds that nothing here takes, unless it waits for ever
 
 
+class ForEver(BaseException):
+    """Something waits, or works, without end. No `except OSError` hides it."""
+
+
 @contextlib.contextmanager
 def soon():
-    """TimeoutError for what would wait for ever."""
+    """ForEver for what would never end."""
     def ring(*_):
-        raise TimeoutError("it waits for ever")
+        raise ForEver
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(LIMIT)
