@@ -575,3 +575,15 @@ def test_a_cpu_without_the_instructions_for_bfloat16_is_told_by_a_product(monkey
 
 def test_a_run_in_float32_says_nothing_of_bfloat16():
     assert not parallel.slow_dtype(torch.float32, torch.device("cpu"))
+
+
+def test_large_tensors_come_in_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("the kernel does not let a process ask for huge pages")
+    program = "import machine, resource, torch; torch.zeros(2**25).fill_(1); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)"
+    plain, faults = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}, []
+    for environment in (plain, plain | {"THP_MEM_ALLOC_ENABLE": "0"}):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        faults.append(int(done.stdout))
+    assert faults[1] - faults[0] > 2**27 / 4096 / 2, "half of the pages of one tensor, at least"
