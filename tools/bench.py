@@ -608,9 +608,7 @@ def growth(args, report):
         medians = [statistics.median(s) for s in seconds]
         curves.append((what, values, f"{quantity}, s", law, low, high, medians, seconds))
         if with_memory and None not in peaks:
-            if what != "length":     # there, each layer keeps its mask of the continuations, S x (P + S)
-                law, high = "constant, then linear", 1.1
-            curves.append((what, values, f"{quantity}, MiB", law, 0, high, [p / MiB for p in peaks], None))
+            curves.append((what, values, f"{quantity}, MiB", "constant, then linear", 0, 1.1, [p / MiB for p in peaks], None))
     for what, values, quantity, law, low, high, points, seconds in curves:
         exponent, last = slope(values, points), slope(values[-2:], points[-2:])
         report.row("growth, CPU: measured ~ value ^ exponent", {"values": values, "points": points, "seconds": seconds},
