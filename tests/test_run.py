@@ -565,7 +565,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(whole, world, 
     assert not differences(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize("seconds, said", [((0.001, 0.4), "bfloat16 takes 400 times as long as in float32; --dtype float32 is faster"), ((0.001, 0.0015), "")])
+@pytest.mark.parametrize("seconds, said", [((0.001, 0.4), "bfloat16 takes this CPU 400 times as long; --dtype float32 is faster"), ((0.001, 0.0015), "")])
 def test_a_cpu_without_the_instructions_for_bfloat16_is_told_by_a_product(monkeypatch, seconds, said):
     times = iter(seconds)
     monkeypatch.setattr(parallel.timeit, "repeat", lambda product, **how: [next(times)] * 3 if product().shape == (256, 256) else None)
