@@ -1,8 +1,8 @@
-"""The picture of the method, docs/figures/method.png: how a pair is made, trained on, and scored as one row.
+"""The picture of the method, docs/figures/method.png: how a pair is made, trained on, and scored as a part of one stream.
 
     python tools/draw_method.py [FILE]
 
-Nothing in it is measured: it draws Algorithm 1, with the numbers [1] to [9] of sapo.py, and the mask of buffer.collate's rows.
+Nothing in it is measured: it draws Algorithm 1, with the numbers [1] to [9] of sapo.py, and who attends to whom in a Batch.
 """
 
 import sys
@@ -61,7 +61,7 @@ def algorithm(axis):
 
 
 def mask(axis):
-    """Who attends to whom in a row [prefix | chosen | rejected]: 4, 5 and 5 tokens."""
+    """Who attends to whom in a pair's part of the stream: 4, 5 and 5 tokens."""
     from matplotlib.patches import Rectangle
     parts = [("x + A", 4, INK["A"]), ("B + C", 5, INK["B"]), ("B' + C", 5, INK["B'"])]
     starts, n = [0, 4, 9], 14
@@ -80,7 +80,7 @@ def mask(axis):
     axis.text(6.5, 11.5, "never\nseen", fontsize=9, ha="center", va="center", color="#444444")
     axis.set(xlim=(-0.2, n + 0.2), ylim=(n + 0.2, -3.0), aspect="equal")
     axis.set_axis_off()
-    axis.set_title("one row scores a pair", fontsize=11, weight="bold")
+    axis.set_title("a pair in the stream of a batch", fontsize=11, weight="bold")
     axis.text(n / 2, -2.1, "shared prefix | chosen | rejected", fontsize=9, ha="center")
     axis.text(n / 2, n + 0.9, "a row: what that token attends to", fontsize=9, ha="center")
 
