@@ -116,7 +116,9 @@ class Run:
     def train(self):
         cfg, world = self.cfg, self.world
         inputs = self.inputs
+        signals.at_once = False                  # while the folder is made, until it is known how to go on
         world.together(self.claim)
+        signals.stop_at_once()
         for note in dict.fromkeys([*(d.note for d in inputs.data), *slow_dtype(self.half, world.device)]):
             self.log.say(note)
         if inputs.notes:
@@ -126,8 +128,8 @@ class Run:
         found = checkpoint.find_checkpoint(self.out, self.resume, world)
         if self.resume and not found:            # stopped before the first checkpoint: begin again
             if any(world.all((self.out / "model").is_dir())):
-                raise BadInput(f"{self.out}: --keep 0 left no checkpoint of it to go on from; start from its "
-                               f"model: --model {self.out / 'model'}")
+                raise BadInput(f"{self.out}: no checkpoint is left to go on from (--keep 0 has none); "
+                               f"start anew from --model {self.out / 'model'}")
             self.resume = None
             inputs.find_weights(world)
         frozen = inputs.base if cfg.lora else None
@@ -135,7 +137,8 @@ class Run:
         self.model = starting_model(cfg, inputs.config, inputs.base, world, self.half, bool(self.resume))
         for line in introduction(self.model, inputs, world):
             self.log.say(line)
-        signals.at_once = False                  # from here on there is something to save
+        world.all(None)                          # all are here, none has begun
+        signals.at_once = False                  # from now on there is something to save
         if found:
             self.load(found)
         else:
@@ -461,12 +464,14 @@ def begin(argv, world):
 def main(argv=None):
     """Run a command line: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged, 130 interrupted."""
     world = run = None
-    with process.Ending() as ending:
-        world = World(None)
-        run = begin(sys.argv[1:] if argv is None else argv, world)
-        run.train()
-    if run and run.lock:
-        run.lock.close()
+    try:
+        with process.Ending() as ending:
+            world = World(None)
+            run = begin(sys.argv[1:] if argv is None else argv, world)
+            run.train()
+    finally:
+        if run and run.lock:
+            run.lock.close()
     if world and ending.together:    # NCCL's farewell waits for all; torchrun ends others when one has left
         world.close()
     return ending.code

@@ -53,7 +53,9 @@ def draw_runs(folders, path):
     os.environ["MPLBACKEND"] = "agg"                     # whatever a notebook has set for itself
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    runs = {Path(folder).resolve().name: read_curves(folder) for folder in folders}
+    names = [Path(folder).resolve().name for folder in folders]
+    names = names if len({*names}) == len(folders) else map(str, folders)
+    runs = {name: read_curves(folder) for name, folder in zip(names, folders)}
     panels = [panel for panel in PANELS if any(panel[0] in curves for curves in runs.values())]
     rows, columns = max(1, -(-len(panels) // 4)), max(1, min(4, len(panels)))
     figure = Figure(figsize=(max(5, 3.3 * columns), 2.8 * rows + 0.4), layout="constrained")

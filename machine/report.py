@@ -198,7 +198,7 @@ class Log:
 
     def cut(self, sizes, steps):
         """Take back what was written after a checkpoint at `steps` of both stages: no line twice, none
-        missing. TensorBoard is told to hide it."""
+        missing. TensorBoard is told to hide it (an evaluation at that very step it may show twice)."""
         if self.first and self.cfg.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=steps + 1)

@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import sys
 import time
 
 import pytest
@@ -69,6 +70,12 @@ def test_every_damage_changes_the_file(tmp_path, way):
         attack.damage(files[0], way, random.Random(seed), files)
         assert files[0].is_symlink() or not files[0].is_file() or files[0].read_bytes() != b"a" * 600
         assert files[1].read_bytes() == b"b" * 600
+
+
+@pytest.mark.parametrize("place", attack.PLACES)
+def test_a_place_where_a_signal_comes_is_a_function(place):
+    owner, _, name = place.rpartition(".")
+    assert callable(getattr(sys.modules[owner], name))
 
 
 @pytest.mark.slow

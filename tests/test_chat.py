@@ -113,6 +113,8 @@ def test_half_a_character_waits_and_nothing_steers_the_terminal(capsys):
     parts = {(1,): "caf\ufffd", (1, 2): "café", (1, 2, 3): "café \033[31mred\a"}
 
     class Words:
+        eos = (7,)
+
         def decode(self, ids, skip):
             return parts[tuple(ids)]
 
@@ -168,3 +170,11 @@ def test_a_conversation_that_fills_the_context_is_one_line(folder, says):
     code, out, err = says(folder, *GREEDY, stdin="Hello.\n" + "a duck and " * 60 + "\n")
     assert code == 2 and out == shown(expected(folder, "Hello."))
     assert "the model's context ends at 128; begin a new one" in err and err.count("\n") == 1
+
+
+def test_what_a_gpu_generates_behind_the_end_is_not_shown(folder, capsys):
+    text = Text(companions(folder), folder, load_pretrained(folder).config)
+    screen, ids = chat.Screen(text), [*text.tokenizer.encode("harbor").ids, text.end, 140, 141]
+    for token in ids:
+        screen.see(torch.tensor([token]))
+    assert screen.ids == ids[:-2] and capsys.readouterr().out == text.decode(ids[:-3])

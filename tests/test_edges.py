@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, oracle
 from safetensors.torch import load_file, save_file
-from test_crash import count_steps, plant
+from test_crash import plant
 from test_refusals import build
 from test_refusals import call as call_main
 from test_run import (  # noqa: F401

@@ -93,7 +93,7 @@ def test_keep_0_leaves_no_checkpoint_and_a_resume_never_begins_again(folder, cap
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     assert train.main(["--resume", str(folder)]) == 2
     said = capsys.readouterr().err
-    assert f"--keep 0 left no checkpoint of it to go on from; start from its model: --model {folder / 'model'}" in said and said.count("\n") == 1
+    assert f"no checkpoint is left to go on from (--keep 0 has none); start anew from --model {folder / 'model'}" in said and said.count("\n") == 1
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 

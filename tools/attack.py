@@ -52,7 +52,7 @@ RANDOM = {"--loss": ["dpo", "orpo", "ipo", "simpo"], "--segment": ["5", "50%", "
           "--lr": [1e-3], "--sft-lr": [1e-2], "--show-every": [2]}
 PLACES = {      # a function, and at which of its calls at most: the first alone of what is called once
     "machine.inputs.read_data": 1, "train.starting_model": 1, "train.sft_step": 1, "train.eval_pairs": 1, "sapo.generate": 3, "train.sapo_step": 4, "sapo.preference_loss": 4,
-    "machine.report.score": 4, "machine.checkpoint.to_disk": 9, "machine.checkpoint.flush": 3, "machine.files.flush": 30, "train.save_pretrained": 2, "train.print_table": 1}
+    "machine.report.score": 4, "machine.checkpoint.to_disk": 9, "machine.checkpoint.flush": 3, "machine.files.flush": 30, "train.save_pretrained": 2, "train.print_profile": 1}
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 SCREENS = ("ascii", "cp1252", "latin-1", "cp437", "shift_jis", "koi8-r", "utf-8", "a pipe that nobody reads", "a full device", "closed")
 TURNS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -77,6 +77,8 @@ class Screen:
         self.text, self.ids, self.shown = text, [], ""
 
     def see(self, tokens):
+        if self.ids and self.ids[-1] in self.text.eos:   # a GPU goes on for some tokens, until it is asked
+            return
         self.ids.append(tokens[0].item())
         self.show(self.text.decode(self.ids, True).rstrip("\ufffd"))     # a character may need several tokens
 

@@ -7,7 +7,6 @@ Exit code 0 if all are right, 1 if not, 2 if there is nothing to mark. Left out:
 """
 
 import argparse
-import copy
 import math
 import runpy
 import shutil

@@ -280,7 +280,7 @@ def main(argv=None):
     sizes = (flags.world, flags.lora, flags.micro_batch, flags.batch_size, flags.generate_rows, flags.max_length or 3)
     if min(*sizes, flags.continuation + 1) < 1:
         parser.error("sizes must be at least 1")
-    optimizer = flags.optimizer or {**dataclasses.asdict(Config()), **PRESETS[f"paper-{flags.loss}"]}["optimizer"]
+    optimizer = flags.optimizer or {**dataclasses.asdict(Config()), **PRESETS.get(f"paper-{flags.loss}", {})}["optimizer"]
     job = Job(flags.world, flags.loss, optimizer, flags.lora, flags.dtype == "bfloat16", flags.micro_batch,
               flags.gradient_checkpointing, flags.max_length or 2048, flags.continuation, flags.batch_size,
               generate_rows=flags.generate_rows)
