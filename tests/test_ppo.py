@@ -11,8 +11,8 @@ import math
 import pytest
 import torch
 
+import measure
 import ppo
-import study
 from conftest import small_model
 from machine.flags import DATA
 from machine.folders import companions, load_pretrained, read_config, save_pretrained
@@ -151,7 +151,7 @@ def test_a_run_writes_its_numbers_and_a_model_and_repeats(tmp_path, monkeypatch,
     start = Transformer(read_config(DATA / "tiny_model")).init_weights(torch.Generator().manual_seed(0))
     save_pretrained(start, tmp_path / "base", torch.float32, companions(DATA / "tiny_model"))
     monkeypatch.setattr(ppo, "passes", lambda answer, verifier: len(answer) % 2)         # which noise passes now and then
-    monkeypatch.setattr(study, "rows_of", functools.partial(study.rows_of, rows=4))
+    monkeypatch.setattr(measure, "rows_of", functools.partial(measure.rows_of, rows=4))
     texts = []
     for name in ("one", "two"):
         ppo.main(["--model", str(tmp_path / "base"), "--out", str(tmp_path / name), "--steps", "2", "--prompts", "2",

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import make_steps
+import measure
 import real
 import sapo
 import study
@@ -21,6 +23,7 @@ from conftest import ROOT, oracle, small_model
 from machine.flags import DATA, parse
 from machine.config import read_config
 from machine.folders import companions, save_pretrained
+from machine.report import passes
 from model import Transformer, generate
 from sapo import Example, State, sapo_step
 
@@ -29,7 +32,7 @@ EOS, ROWS, BATCH = 2, 12, 4
 
 def variant(name):
     """The Config of a variant, its batches cut to BATCH so that a small model has an epoch of three steps."""
-    cfg = parse(["--preset", "tiny", *study.RELATIVES[name].split()]).cfg
+    cfg = parse(["--preset", "tiny", *study.RELATIVES[name][0].split()]).cfg
     assert cfg.batch_size == study.BATCH and cfg.buffer_size in (study.BATCH, 256)
     cfg.buffer_size = BATCH * cfg.buffer_size // cfg.batch_size
     cfg.batch_size, cfg.micro_batch, cfg.max_grad_norm = BATCH, BATCH, 0.0
@@ -66,36 +69,25 @@ def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-def all_flags():
-    ablations = ((what, value, flags) for what, values in study.ABLATIONS.items() for value, flags in values.items())
-    return study.RELATIVES | {f"{what} {value}": flags for what, value, flags in ablations}
-
-
-@pytest.mark.parametrize("name", all_flags())
+@pytest.mark.parametrize("name", study.RELATIVES)
 def test_flags_of_a_variant_are_flags_of_train_and_change_something(name):
-    flags, plain = all_flags()[name], parse(["--preset", "tiny"]).cfg
+    flags, plain = study.RELATIVES[name][0], parse(["--preset", "tiny"]).cfg
     cfg = parse(["--preset", "tiny", *flags.split()]).cfg
     words = flags.replace("--ref-refresh epoch", "").split()             # said, though the preset's
     given = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
     assert given == {k for k in vars(cfg) if getattr(cfg, k) != getattr(plain, k)}
 
 
-def test_values_without_flags_are_the_presets():
+def test_the_preset_is_what_the_documents_say_of_it():
     plain = parse(["--preset", "tiny"]).cfg
     assert (plain.alpha, plain.ema_every, plain.segment) == (0.5, "2", "12")
-    assert (plain.score_on, plain.eos_in_segment) == ("response", "stop")
-    assert (plain.ref_refresh, plain.ref_from) == ("epoch", "ema")
+    assert (plain.ref_refresh, plain.ref_from, plain.score_on) == ("epoch", "ema", "response")
     assert (plain.buffer_size, plain.batch_size) == (16 * study.BATCH, study.BATCH)
-    defaults = {what: [v for v, flags in values.items() if not flags] for what, values in study.ABLATIONS.items()}
-    assert defaults == {"alpha": ["0.5"], "EMA every ... steps": ["2"], "buffer, batches": ["16"],
-                        "segment": ["12 tokens"], "end token inside B'": ["stop"], "tokens compared": ["response"],
-                        "reference": ["epoch"], "whole response with": []}
 
 
-def test_every_variant_has_its_words_and_its_rates():
-    assert set(study.WORDS) == set(study.RELATIVES)
-    assert {name for pair in study.CLAIMS.values() for name in pair} <= set(study.RELATIVES)
-    assert all(len(study.RATES[study.loss_of(flags)]) == 4 for flags in study.RELATIVES.values())
+def test_a_claim_is_about_variants_that_are_studied():
+    assert {name for pair in study.CLAIMS.values() for name in pair} <= set(study.STUDIED) <= set(study.RELATIVES)
+    assert {*study.AS, *study.AS.values(), *study.COMPUTED, *study.IN_PAIRS} <= set(study.STUDIED)
 
 
 def documents():
@@ -108,13 +100,9 @@ def test_the_documents_have_the_table_of_variants():
 
 
 def test_the_tables_are_those_of_the_numbers_beside_them():
-    results = json.loads((ROOT / "docs/figures/study.json").read_text("utf-8"))
-    assert (ROOT / "docs/figures/study.md").read_text("utf-8") == study.page(study.report(results))
-    assert list(results["variants"]) == ["untouched base", *study.RELATIVES]
-    assert {what: list(values) for what, values in results["ablations"].items()} == {
-        what: list(values) for what, values in study.ABLATIONS.items()}
-    for name, flags in study.RELATIVES.items():          # these results are older than --after rewrite, as docs/study.md says
-        assert results["variants"][name]["flags"] in (flags, flags.replace(" --after rewrite", ""))
+    found = study.read(ROOT / "docs/figures/study.jsonl")
+    assert (ROOT / "docs/figures/study.md").read_text("utf-8") == study.page(study.report(found))
+    assert {row["flags"] for row in found.values()} <= {flags for flags, _ in study.RELATIVES.values()}
 
 
 # ------------------------------------------------------------------------------------------------ the relatives
@@ -215,74 +203,150 @@ def test_one_value_has_no_interval_and_is_printed_without():
     assert study.cell([0.5], 2) == "0.50" and study.cell([0.5, 0.7], 2) == "0.60 ± 1.27"
 
 
-def test_a_verdict_needs_an_interval_without_0():
-    assert study.verdict([0.1, 0.11, 0.12]) == "holds" and study.verdict([-0.1, -0.11, -0.12]) == "does not hold"
-    assert study.verdict([0.1, -0.1, 0.12]) == study.verdict([0.3]) == study.verdict([0.0, 0.0]) == "cannot be told"
+@pytest.mark.parametrize("n", range(2, 11))
+def test_p_values_are_scipys(n):
+    stats = oracle("scipy.stats")
+    for mean in (0.0, 0.3, -2.0, 9.0):
+        values = np.random.default_rng(n).normal(mean, 1, n).tolist()
+        assert study.p_value(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-6, abs=1e-12)
+    assert study.p_value([0.0] * n) == 1 and study.p_value([0.1]) == 1 and study.p_value([0.5] * n) == 0
+
+
+def test_holms_correction_by_hand():
+    assert study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study.holm([0.9, 0.5]) == [1.0, 1.0] and study.holm([]) == []
+
+
+def test_a_verdict_needs_a_corrected_p_below_5_percent():
+    assert [study.verdict(*x) for x in ((0.1, 0.04), (-0.1, 0.04), (0.1, 0.05), (-0.1, 1.0))] == [
+        "holds", "does not hold", "cannot be told", "cannot be told"]
 
 
 def test_diversity_by_hand():
-    assert study.distinct(["a b a b", "a b"]) == 2 / 4 and study.distinct(["a b.", "b c."]) == 4 / 4
-    assert study.distinct([""]) == 0
+    assert measure.distinct(["a b a b", "a b"]) == 2 / 4 and measure.distinct(["a b.", "b c."]) == 4 / 4
+    assert measure.distinct([""]) == 0
     verifiers = {0: {"must": ["Leo", "red"], "must_not": ["Mia", "blue"]}, 1: {"must": ["Mia", "blue"]}}
-    assert study.repeated(["Leo had a red hat.", "Mia had a blue hat.", "Leo saw a hat."], verifiers) == 2 / 3
+    assert measure.repeated(["Leo had a red hat.", "Mia had a blue hat.", "Leo saw a hat."], verifiers) == 2 / 3
+
+
+def test_the_sums_of_an_answer_are_judged_one_by_one():
+    assert study.sums("Count 59-12=47 pens.\nDrops 22: 47-22=24.\nThen 24+12=36.\nAnswer: 36 pens.") == [True, False, True]
+    assert study.sums("Nothing is counted.") == []
+
+
+# ------------------------------------------------------------------------------------------------ the world
+
+def steps_rows(split):
+    return [json.loads(line) for line in (ROOT / f"data/steps_{split}.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_the_world_is_what_its_script_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["make_steps.py", "--out", str(tmp_path)])
+    make_steps.main()
+    made = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert len(made) == 9 and all((ROOT / "data" / name).read_bytes() == held for name, held in made.items())
+
+
+def test_its_rows_are_clean_a_rejected_has_one_slip_and_no_problem_occurs_twice():
+    splits = {split: steps_rows(split) for split in ("base", "train", "validation", "test")}
+    for row in [row for rows in splits.values() for row in rows]:
+        assert study.sums(row["chosen"]) == [True] * make_steps.STEPS
+    for row in splits["train"]:
+        assert study.sums(row["rejected"]).count(False) == 1 and not passes(row["rejected"], row["verifier"])
+    for row in splits["test"] + splits["validation"]:
+        assert passes(row["chosen"], row["verifier"])
+        for a, b in ((s, str(int(s) + 1)) for s in row["verifier"]["must"][0].split("=")[1:]):
+            assert not passes(row["chosen"].replace(f"={a}", f"={b}"), row["verifier"]), "one wrong result spoils it"
+    sums = [tuple(study.SUM.findall(row["chosen"])) for rows in splits.values() for row in rows]
+    assert len(set(sums)) == len(sums), "no problem occurs twice"
 
 
 # ------------------------------------------------------------------------------------------------ runs
 
-def test_a_result_of_other_flags_is_not_taken(tmp_path):
-    (tmp_path / "test.json").write_text(json.dumps({"flags": ["--lr", "1"], "nll": 3}), "utf-8")
-    assert study.known(tmp_path / "test.json", ["--lr", "1"])["nll"] == 3
-    assert study.known(tmp_path / "test.json", ["--lr", "2"]) is study.known(tmp_path / "none.json", []) is None
-    (tmp_path / "test.json").write_text('{"flags', "utf-8")
-    assert study.known(tmp_path / "test.json", ["--lr", "1"]) is None, "torn"
+def line(variant, lr, seed, validation=0.5, right=5):
+    """A line of study.jsonl with made-up numbers, `right` of 10 prompts answered right."""
+    point = {"steps": 2, "generated": 10, "trained": 20, "tokens": 30, "seconds": 1.0, "passed": "1" * right + "0" * (10 - right),
+             "sums": 0.5, "chosen": -1.0, "rejected": -2.0, "validation": validation, "sampled": 0.5}
+    marks = ["steps 1", "tokens 0.5", "tokens 1"] if lr else ["start"]
+    return (variant, lr, seed), {"variant": variant, "lr": lr, "seed": seed, "points": [point | {"mark": marks}],
+                                 "pairs": {"passes": [0.5] * study.BINS} if lr else {}, "memory": 1}
 
 
-def test_the_best_rate_on_validation_rows_is_taken(monkeypatch):
-    args = SimpleNamespace(out="nowhere", seeds=2, rates=[], sft_steps=5, steps=2, rows=None, jobs=1)
-    chosen, asked = study.Study(args), []
-    monkeypatch.setattr(chosen, "do", lambda what, jobs: asked.extend(jobs))
-    scores = {3e-5: 0.1, 1e-4: 0.2, 3e-4: 0.6, 1e-3: 0.4, 3e-3: 0.9}
-    monkeypatch.setattr(chosen, "found", lambda flags, lr, seed, split: dict.fromkeys(study.VERIFIER, scores[lr]))
-    best = chosen.tune({"SAPO-DPO": "", "SFT": "--loss orpo --lam 0"})
-    assert {name: lr for name, (lr, _) in best.items()} == {"SAPO-DPO": 3e-4, "SFT": 3e-3}
-    assert {j["split"] for j in asked} == {"validation"} and {j["seed"] for j in asked} == {1} and len(asked) == 1 + 8
+def test_the_bases_come_first_then_the_rates_and_then_the_seeds(monkeypatch):
+    seeds, found = [1, 2], {}
+    assert study.todo(found, ["SAPO-DPO"], seeds) == [("base", None, 1), ("base", None, 2)]
+    found |= dict(line("base", None, seed) for seed in seeds)
+    longer = [(base, None, seed) for base in ("half the SFT", "twice the SFT") for seed in seeds]
+    assert study.todo(found, ["SAPO-DPO"], seeds) == [*(("SAPO-DPO", lr, 1) for lr in (3e-5, 1e-4, 3e-4)), *longer]
+    found |= dict(line("SAPO-DPO", lr, 1, score) for lr, score in ((3e-5, 0.1), (1e-4, 0.6), (3e-4, 0.6)))
+    monkeypatch.setattr(study, "BASES", {"base": 1})
+    assert study.todo(found, ["SAPO-DPO", "every 4th"], seeds) == [
+        ("SAPO-DPO", 1e-4, 2), ("every 4th", 1e-4, 1), ("every 4th", 1e-4, 2)], "of equals the smallest; no rates of its own"
 
 
-MICRO = ("--variants SAPO-DPO,SFT --seeds 1 --ablation-seeds 0 --rates 1e-4 --steps 2 --sft-steps 2 --rows 4 "
-         "--jobs 1").split()
+def test_the_next_rate_outward_is_tried_while_the_best_is_the_last_and_five_at_most():
+    tried = dict(line("SFT", lr, 1, score) for lr, score in ((3e-4, 0.3), (1e-3, 0.2), (3e-3, 0.1)))
+    assert study.chosen_rate("SFT", tried, [1]) == (None, [("SFT", 1e-4, 1)])
+    tried |= [line("SFT", 1e-4, 1, 0.4)]
+    assert study.chosen_rate("SFT", tried, [1]) == (None, [("SFT", 3e-5, 1)])
+    assert study.chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.2)]), [1]) == (1e-4, [])
+    assert study.chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.5)]), [1]) == (3e-5, []), "five"
+
+
+def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown():
+    found = dict(line("base", None, seed) for seed in (1, 2, 3))
+    for name, right in (("SAPO-DPO", (7, 8, 8)), ("SPIN", (5, 6, 5)), ("SFT", (5, 5))):
+        found |= dict(line(name, lr, seed, 0.6 if lr == study.FIRST["orpo" if name == "SFT" else "dpo"][1] else 0.5, r)
+                      for lr in study.FIRST["orpo" if name == "SFT" else "dpo"] for seed, r in enumerate(right, 1))
+    r = study.Results(found)
+    assert list(r.runs) == ["base", "SAPO-DPO", "SPIN"] and r.rates["SPIN"] == 1e-4
+    (row,) = study.claims(r, "steps 1")
+    assert row[:4] == ["SAPO over SPIN", "SAPO-DPO - SPIN", "+0.233 ± 0.143", "7, 0"]
+    assert row[4:] == ["0.020", "0.020", "holds"]
+
+
+def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_path, monkeypatch):
+    path, made = tmp_path / "study.jsonl", []
+    path.write_text(json.dumps(line("base", None, 1)[1]) + '\n{"variant": "base", "lr"', "utf-8")
+    monkeypatch.setattr(study, "run", lambda job: line(*made[-1])[1])
+    monkeypatch.setattr(study, "BASES", {"base": 1})
+    monkeypatch.setattr(study, "job_of", lambda args, key: made.append(key))
+    args = SimpleNamespace(out=tmp_path, minutes=None)
+    study.go(args, ["SFT"], [1, 2], path)
+    rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    assert sorted(made, key=str) == sorted([("base", None, 2), *(("SFT", lr, 1) for lr in rates), ("SFT", 3e-5, 2)], key=str)
+    assert len(study.read(path)) == 1 + len(made) == len(path.read_text("utf-8").splitlines()) - 1
+
+    path.unlink()
+    with study.held(tmp_path, ("base", None, 1)):
+        args.minutes = 0.01
+        assert study.held(tmp_path, ("base", None, 1)) is None
+        study.go(args, ["SFT"], [1], path)
+    assert not path.exists() and study.held(tmp_path, ("base", None, 1)) is not None
 
 
 @pytest.mark.slow
-def test_a_micro_study_runs_and_goes_on_without_repeating(tmp_path, capsys):
-    where = ["--out", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures")]
-    assert study.main([*MICRO, *where]) == 0
-    printed, first = capsys.readouterr().out, json.loads((tmp_path / "figures/study.json").read_text("utf-8"))
-    assert printed.count("0 of them done before") == 2
-    assert "| untouched base | - |" in printed and "| SFT | 0.0001 |" in printed
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"study.json", "study.md", "study.png", "pairs.png"}
-    assert (tmp_path / "figures/study.md").read_text("utf-8") == study.page(study.report(first))
-    for row in [v["test"][0] for v in first["variants"].values()]:
-        assert set(study.COLUMNS) == set(row) and all(np.isfinite(value) for value in row.values())
-    generating = {name: v["stages"]["generating"] for name, v in first["variants"].items() if "stages" in v}
-    assert generating["SAPO-DPO"] > 0 == generating["SFT"]
-    assert set(first["variants"]["SAPO-DPO"]["pairs"]) == {key for panel in study.PAIRS.values() for key in panel}
-
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
-    next((tmp_path / "runs").glob("loss-orpo*/test.json")).unlink()
-    assert study.main([*MICRO, *where]) == 0
-    again = capsys.readouterr().out
-    assert "1 runs, 1 of them done before" in again and "2 runs, 1 of them done before" in again
-    changed = {p.name for p, stamp in stamps.items() if p.stat().st_mtime_ns != stamp}
-    logs = {p.name for p in (tmp_path / "runs").glob("loss-orpo*.log")}
-    assert changed == {"test.json"} | logs, "it was measured again, not trained again"
-    assert json.loads((tmp_path / "figures/study.json").read_text("utf-8")) == first
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_ends_the_study_with_its_log(tmp_path, capsys):
-    assert study.main([*MICRO, "--out", str(tmp_path / "runs"), "--figures", str(tmp_path), "--sft-steps", "0"]) == 1
-    said = capsys.readouterr()
-    assert "base-0-seed-1 ended with code 2" in said.err and "give them some SFT" in said.err
+def test_a_quick_study_runs_and_goes_on_without_repeating(tmp_path, monkeypatch):
+    where = "--quick --jobs 2 --figures".split() + [str(tmp_path)]
+    monkeypatch.chdir(tmp_path)
+    assert study.main(where) == 0
+    first = (tmp_path / "study.jsonl").read_text("utf-8")
+    assert {p.name for p in tmp_path.glob("*.*")} == {"study.jsonl", "study.md", "study.png", "compute.png", "pairs.png"}
+    found = study.read(tmp_path / "study.jsonl")
+    assert {key[0] for key in found} == {*study.BASES, "SAPO-DPO", "SFT"} and len(found) >= 6 + 2 * (3 + 1)
+    for (variant, lr, seed), row in found.items():
+        marks = [mark for point in row["points"] for mark in point["mark"]]
+        assert sorted(marks) == (sorted(["steps 1", "tokens 0.5", "tokens 1"]) if lr else ["start"])
+        last = row["points"][-1]
+        assert (last["generated"] > 0) == (variant == "SAPO-DPO") and set(last["passed"]) <= {"0", "1"}
+        assert not lr or last["tokens"] >= 10_000 and last["steps"] >= 8 and row["points"] != found["base", None, seed]["points"]
+    lines = first.splitlines(keepends=True)
+    (tmp_path / "study.jsonl").write_text("".join(lines[:-1]), "utf-8")
+    assert study.main(where) == 0
+    again = (tmp_path / "study.jsonl").read_text("utf-8").splitlines(keepends=True)
+    strip = lambda text: {k: v for k, v in json.loads(text).items() if k != "memory"} | {"points": [
+        {k: v for k, v in point.items() if k != "seconds"} for point in json.loads(text)["points"]]}
+    assert again[:-1] == lines[:-1] and strip(again[-1]) == strip(lines[-1]), "the one run that was missing, to the digit"
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """PPO on the tiny world: what a reward buys, and what it costs.
 
-    python tools/ppo.py --seed 1                          from the study's base of this seed, made if it is not there
+    python tools/ppo.py --seed 1                          from a base of this seed, made if it is not there
     python tools/ppo.py --model FOLDER --out runs/ppo     from a model folder; leaves metrics.jsonl and model/
 
 A step lets the policy answer training prompts, `group` times each, at temperature 1. The reward is 1 where the verifier
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-import study         # which finds the modules below
+import measure       # which finds the modules below
 from buffer import Pair, collate
 from losses import batch_logps, by_text
 from machine.folders import companions, save_pretrained
@@ -92,14 +92,14 @@ def main(argv=None):
     for f in fields(Settings):
         parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=f"[{f.default or 'none'}]")
     s = Settings(**vars(parser.parse_args(argv)))
-    folder = Path(s.model or study.base_model(s.seed))
-    policy, text, cfg = study.opened(folder, s.seed)
+    folder = Path(s.model or measure.base_model(s.seed))
+    policy, text, cfg = measure.opened(folder, s.seed)
     reference, rng = twin(policy), torch.Generator().manual_seed(s.seed)
-    data, held = [study.rows_of(name, text, cfg) for name in ("train", s.split)]
+    data, held = [measure.rows_of(name, text, cfg) for name in ("train", s.split)]
     pairs = [Pair(e.prompt, e.chosen, e.chosen, row=e.row) for e in map(held.__getitem__, range(len(held)))]
     optimizer, lines = torch.optim.Adam(policy.parameters(), s.lr), []
     reward = lambda e, answer: passes(text.decode(answer, True), data.verifiers[e.row])
-    table = {"start": study.judged(policy, held, pairs, cfg, text)}
+    table = {"start": measure.judged(policy, held, pairs, cfg, text)}
     began, busy = time.perf_counter(), time.process_time()
     for step in range(1, s.steps + 1):
         examples = [data[i] for i in torch.randperm(len(data), generator=rng)[:s.prompts].tolist()]
@@ -109,7 +109,7 @@ def main(argv=None):
             shown += [f"{sum(line[k] for line in lines):,} tokens {k}" for k in ("generated", "trained")]
             print(f"step {step}/{s.steps}", *shown, sep="  ", flush=True)
     print(f"{time.perf_counter() - began:.0f} s, {time.process_time() - busy:.0f} s of a processor, for these steps")
-    table["after"] = study.judged(policy, held, pairs, cfg, text)
+    table["after"] = measure.judged(policy, held, pairs, cfg, text)
     shown = {name: {k: row[k] for k in row if k != "ranking_accuracy"} for name, row in table.items()}
     print("", table_text(shown, f"{len(held)} held-out rows"), "", sep="\n")
     if s.out:

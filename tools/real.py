@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import measure
 import study
 from buffer import Pair
 from machine.dataset import Data
@@ -38,12 +39,12 @@ BATCH = 8
 
 def with_batches(name):
     """A relative's flags, a buffer of one batch being one of this size."""
-    return study.RELATIVES[name].replace(f"--buffer-size {study.BATCH}", f"--buffer-size {BATCH}")
+    return study.RELATIVES[name][0].replace(f"--buffer-size {study.BATCH}", f"--buffer-size {BATCH}")
 
 
 VARIANTS = {    # variant: its flags beside COMMON; SAPO's segment is half the answer
     **{name: with_batches(name) for name in ("SFT", "offline DPO", "offline ORPO", "SPIN")},
-    **{name: f"{study.RELATIVES[name]} --segment 50% --buffer-size 64".strip() for name in ("SAPO-DPO", "SAPO-ORPO")}}
+    **{name: f"{study.RELATIVES[name][0]} --segment 50% --buffer-size 64".strip() for name in ("SAPO-DPO", "SAPO-ORPO")}}
 COMMON = (f"--device cpu --batch-size {BATCH} --micro-batch 4 --optimizer adamw --lr-scheduler linear --warmup 10% "
           "--eval-every 0 --save-every 0 --keep 1 --eval-rows 1 --samples 0")
 
@@ -102,8 +103,8 @@ def measure(folder, args, own):
     own = own or generated
     pairs = [Pair(e.prompt, e.chosen, answer) for e, answer in zip(examples, own)]
     paired = [Pair(e.prompt, e.chosen, e.rejected) for e in examples if e.rejected]
-    found = study.Listening(data, pairs, cfg, text).measure(model, full=False)
-    row = {"NLL": f"{found['nll']:.3f}", "ahead of the data's": f"{study.ahead(model, paired):.2f}" if paired else "-",
+    found = measure.Listening(data, pairs, cfg, text).measure(model, full=False)
+    row = {"NLL": f"{found['nll']:.3f}", "ahead of the data's": f"{measure.ahead(model, paired):.2f}" if paired else "-",
            "ahead of the start's own": f"{found['ranking_accuracy']:.2f}",
            "tokens": f"{statistics.mean(map(len, generated)):.1f}"}
     return row, [text.decode(ids, True) for ids in generated], own
@@ -140,7 +141,7 @@ def main(argv=None):
     for variant in ("start", *variants):
         folder = args.model if variant == "start" else folder_of(variant, out) / "model"
         rows[variant], texts[variant], own = measure(folder, args, own)
-    print(study.markdown(["variant", "flags", *rows["start"], "seconds"],
+    print(measure.markdown(["variant", "flags", *rows["start"], "seconds"],
                          [[variant, f"`{own_flags(variant, paired)}`" if variant in VARIANTS else "", *row.values(),
                            seconds.get(variant, "")] for variant, row in rows.items()]))
     for i, row in enumerate(read_rows(args.eval_data)[:args.samples]):

@@ -1,389 +1,328 @@
-"""The study: SAPO, its relatives and its settings on the tiny world, over several seeds, tuned alike.
+"""The study: SAPO and its relatives on tiny-steps, by the rules at the beginning of docs/study.md.
 
-    python tools/study.py               everything; what is done already is not done again
-    python tools/study.py --quick       four variants, two seeds, few steps: to try the script, not to learn anything
+    python tools/study.py               the runs that are not done yet, then the tables and pictures
+    python tools/study.py --report      the tables and pictures of the runs that are done
+    python tools/study.py --quick       two variants, two seeds, few steps: to try the script, not to learn anything
     python tools/study.py --relatives   the table of variants, as the documents have it
 
-Every variant is `python train.py` with the flags of its row below, from the same base (one a seed), for the same steps
-on the same prompts. Each variant's learning rate is the best of its loss's four on the validation rows (mean of the
-verifier's three scores, the first seed); what is reported is measured on the test rows, as mean and 95 % t-interval
-over seeds. It writes study.json, study.png, ablations.png and pairs.png into --figures, and the tables, as Markdown, to
-study.md and the screen.
-
-Each run is a process of its own, on one thread, --jobs at a time; its folder is named after its flags. Left out: memory
-by stage (tools/bench.py has it) and real checkpoints (tools/real.py).
+A run is one variant with one learning rate and one seed, from its seed's base, on one thread, --jobs at a time. It
+appends a line to study.jsonl in --figures, so a study that was stopped goes on where it was. Then study.md and the
+pictures are written from these lines alone. Left out: memory by stage (tools/bench.py) and real checkpoints
+(tools/real.py).
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from itertools import repeat
 from pathlib import Path
-from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from measure import ROOT, Listening, base_model, markdown, opened, rows_of
 
 import numpy as np
 import torch
 
-import sapo
 import train
-from buffer import collate, pack, unpack
+from buffer import Pair, collate
 from losses import score
-from machine.checkpoint import from_disk, to_disk
-from machine.dataset import Data
-from machine.rows import read_rows
-from machine.text import Text
-from machine.files import write_json
-from machine.flags import parse
-from machine.folders import companions, load_pretrained
+from machine.dataset import Draw
 from machine.parallel import World
-from machine.report import Evaluation
+from machine.report import passes
+from sapo import State, pair_of_data, sapo_step
 
-BATCH = 16      # pairs a step of the tiny preset; a buffer of so many is a buffer of one batch
+BATCH = 16                                       # pairs a step; a buffer of so many is a buffer of one batch
 WHOLE = "--segment 100% --after rewrite"         # all of y-, written to its own end
-RELATIVES = {   # variant: what it changes in the tiny preset, which has segments of 12 tokens, alpha 0.5, an EMA that
-                # moves every 2 steps, a reference that is refreshed every epoch, and a buffer of 256 pairs
-    "SAPO-DPO": "",
-    "SAPO-ORPO": "--loss orpo",
-    "SAPO-SLiC": "--loss slic",
-    "EMA only": f"--buffer-size {BATCH}",
-    "buffer only": "--alpha 0 --ema-every 1",
-    "segment only": f"--alpha 0 --ema-every 1 --buffer-size {BATCH}",
-    "full response": WHOLE,
-    "on-policy": f"{WHOLE} --alpha 0 --ema-every 1 --buffer-size {BATCH}",
-    "full response ORPO": f"--loss orpo {WHOLE}",
-    "on-policy ORPO": f"--loss orpo {WHOLE} --alpha 0 --ema-every 1 --buffer-size {BATCH}",
-    "SPIN": f"{WHOLE} --alpha 0 --ema-every epoch --ref-refresh epoch --buffer-size {BATCH}",
-    "SPIN with EMA and buffer": f"{WHOLE} --ema-every epoch --ref-refresh epoch",
-    "offline DPO": f"--rejected data --ref-refresh never --buffer-size {BATCH}",
-    "offline ORPO": f"--loss orpo --rejected data --buffer-size {BATCH}",
-    "SFT": f"--loss orpo --lam 0 --rejected data --buffer-size {BATCH}",
-}
-WORDS = {
-    "SAPO-DPO": "the paper's",
-    "SAPO-ORPO": "the paper's",
-    "SAPO-SLiC": "SAPO's pairs, SLiC-HF's hinge",
-    "EMA only": "SAPO without the buffer",
-    "buffer only": "SAPO without the EMA: the policy generates",
-    "segment only": "SAPO without either",
-    "full response": "EMA and buffer, B is all of y+",
-    "on-policy": "none of the three: the policy generates all of y-",
-    "full response ORPO": "the same with ORPO, as in the paper's ablation",
-    "on-policy ORPO": "the same with ORPO, as in the paper's ablation",
-    "SPIN": "a copy of the policy, one epoch old at most, generates and is the reference",
-    "SPIN with EMA and buffer": "the copy is an average, and old pairs come again",
-    "offline DPO": "y- is the data's; the reference is the base",
-    "offline ORPO": "y- is the data's",
-    "SFT": "ORPO without its second term; y- is not looked at",
-}
-KIN = {         # not variants of the study: (flags, what it is)
+RELATIVES = {   # variant: (what it changes in the tiny preset, what it is)
+    "SAPO-DPO": ("", "the paper's"),
+    "SAPO-ORPO": ("--loss orpo", "the paper's"),
+    "SAPO-SLiC": ("--loss slic", "SAPO's pairs, SLiC-HF's hinge"),
+    "EMA only": (f"--buffer-size {BATCH}", "SAPO without the buffer"),
+    "buffer only": ("--alpha 0 --ema-every 1", "SAPO without the EMA: the policy generates"),
+    "segment only": (f"--alpha 0 --ema-every 1 --buffer-size {BATCH}", "SAPO without either"),
+    "full response": (WHOLE, "EMA and buffer, B is all of y+"),
+    "on-policy": (f"{WHOLE} --alpha 0 --ema-every 1 --buffer-size {BATCH}",
+                  "none of the three: the policy generates all of y-"),
+    "full response ORPO": (f"--loss orpo {WHOLE}", "the same with ORPO, as in the paper's ablation"),
+    "on-policy ORPO": (f"--loss orpo {WHOLE} --alpha 0 --ema-every 1 --buffer-size {BATCH}",
+                       "the same with ORPO, as in the paper's ablation"),
+    "SPIN": (f"{WHOLE} --alpha 0 --ema-every epoch --ref-refresh epoch --buffer-size {BATCH}",
+             "a copy of the policy, one epoch old at most, generates and is the reference"),
+    "SPIN with EMA and buffer": (f"{WHOLE} --ema-every epoch --ref-refresh epoch",
+                                 "the copy is an average, and old pairs come again"),
+    "offline DPO": (f"--rejected data --ref-refresh never --buffer-size {BATCH}",
+                    "y- is the data's; the reference is the base"),
+    "offline ORPO": (f"--loss orpo --rejected data --buffer-size {BATCH}", "y- is the data's"),
+    "SFT": (f"--loss orpo --lam 0 --rejected data --buffer-size {BATCH}",
+            "ORPO without its second term; y- is not looked at"),
     "a sentence": ("--segment sentence", "B and B' are whole sentences, so y- is well formed"),
+    "a line": ("--segment line", "the same with lines; in worked sums a line is a step"),
+    "half": ("--segment 50%", "B is half of y+"),
     "end rewritten": ("--after rewrite", "y- goes on after B' to the generator's own end; no seam"),
-    "seldom generated": ("--generate-every 4", "a pair is drawn four times on average"),
+    "every 2nd": ("--generate-every 2", "pairs are generated on every second step"),
+    "every 4th": ("--generate-every 4", "on every fourth"),
+    "every 8th": ("--generate-every 8", "on every eighth"),
     "DPO and NLL": ("--nll 1", "dpo+sft: y+ itself is raised as well"),
     "IPO": ("--loss ipo", "the margin is drawn to 1 / (2 beta)"),
     "RPO": ("--loss rpo", "each y+ against every y- of the micro-batch"),
     "SimPO": ("--loss simpo --beta 2", "means, a margin, no reference"),
 }
-RATES = {       # around the best of a first trial
-    "dpo": (3e-5, 1e-4, 3e-4, 1e-3), "slic": (1e-4, 3e-4, 1e-3, 3e-3), "orpo": (1e-4, 3e-4, 1e-3, 3e-3)}
-ABLATIONS = {   # of SAPO-DPO, at its learning rate: {what: {value: flags}}; no flags: SAPO-DPO itself
-    "alpha": {"0": "--alpha 0", "0.5": "", "0.9": "--alpha 0.9", "0.99": "--alpha 0.99"},
-    "EMA every ... steps": {"1": "--ema-every 1", "2": "", "8": "--ema-every 8"},
-    "buffer, batches": {"1": "--buffer-size 16", "4": "--buffer-size 64", "16": "", "64": "--buffer-size 1024"},
-    "segment": {"10 %": "--segment 10%", "12 tokens": "", "25 %": "--segment 25%", "50 %": "--segment 50%",
-                "75 %": "--segment 75%", "100 %": "--segment 100%"},
-    "end token inside B'": {"stop": "", "ban": "--eos-in-segment ban"},
-    "tokens compared": {"response": "", "segment": "--score-on segment"},
-    "reference": {"never": "--ref-refresh never", "epoch": "", "epoch, policy": "--ref-from policy"},
-    "whole response with": {"nothing": f"{WHOLE} --alpha 0 --ema-every 1 --buffer-size 16",
-                            "EMA": f"{WHOLE} --buffer-size 16",
-                            "buffer": f"{WHOLE} --alpha 0 --ema-every 1", "both": WHOLE},
-}
-CLAIMS = {      # what the paper says: (better, than)
+STUDIED = ("SAPO-DPO", "SFT", "SPIN", "on-policy", "offline DPO", "SAPO-ORPO", "full response", "a line",
+           "end rewritten", "half", "every 2nd", "every 4th", "every 8th", "DPO and NLL")
+AS = {name: "SAPO-DPO" for name in ("every 2nd", "every 4th", "every 8th")}    # whose learning rate they take
+CLAIMS = {      # claim: (better, than)
     "SAPO over SPIN": ("SAPO-DPO", "SPIN"),
-    "SAPO over offline DPO": ("SAPO-DPO", "offline DPO"),
-    "SAPO over offline ORPO": ("SAPO-ORPO", "offline ORPO"),
+    "SAPO over SFT for as long": ("SAPO-DPO", "SFT"),
+    "the same, ORPO": ("SAPO-ORPO", "SFT"),
+    "SAPO over offline pairs": ("SAPO-DPO", "offline DPO"),
     "EMA and buffer over on-policy": ("full response", "on-policy"),
-    "the same, ORPO": ("full response ORPO", "on-policy ORPO"),
-    "a segment over the full response": ("SAPO-DPO", "full response"),
-    "that too, ORPO": ("SAPO-ORPO", "full response ORPO"),
-    "(ours) SAPO over SFT": ("SAPO-ORPO", "SFT"),
-    "(ours) DPO's SAPO over SFT": ("SAPO-DPO", "SFT"),
+    "a segment over the whole answer": ("SAPO-DPO", "full response"),
+    "a line over a random segment": ("a line", "SAPO-DPO"),
+    "kept C over a rewritten end": ("SAPO-DPO", "end rewritten"),
 }
-VERIFIER = ("verifier/greedy", "verifier/sampled", "verifier/temperature_1")
-COLUMNS = {     # of the table: (head, digits)
-    "verifier/greedy": ("greedy", 2), "verifier/sampled": ("sampled", 2),
-    "verifier/temperature_1": ("temperature 1", 2), "ranking_accuracy": ("ranking accuracy, segment", 2),
-    "ranking_accuracy/whole": ("ranking accuracy, whole", 2), "nll": ("NLL", 3), "distinct-2": ("distinct-2", 3),
-    "repeated": ("repeated", 2), "length": ("tokens", 1)}
-STAGES = {
-    "generating": ("prefill", "decode"), "reference": ("reference",), "forward": ("forward",),
-    "backward": ("backward",), "optimizer, EMA": ("optimizer", "ema")}
-PAIRS = {       # panels of pairs.png: {title: {key of metrics.jsonl: line}}
-    "y+ and y- that pass the verifier": {"pairs/chosen_verified": ":", "pairs/rejected_verified": "-"},
-    "log p(B) less log p(B'), nats": {"pairs/segment_gap": "-"},
-    "log p(C) after B less after B', nats": {"pairs/seam_gap": "-"},
-    "share of B' equal to B": {"pairs/identical": "-"},
-    "share of y- ended early by B'": {"gen/eos_fraction": "-"},
-    "drawn pairs with y+ ahead": {"rewards/accuracies": "-"}}
-WORSE = {       # columns of the table of pairs: {head: key of metrics.jsonl}
-    "y- passes": "pairs/rejected_verified", "segment": "pairs/segment_gap", "seam": "pairs/seam_gap",
-    "identical": "pairs/identical", "ended early": "gen/eos_fraction"}
-IN_PAIRS = ("SAPO-DPO", "SAPO-ORPO", "full response", "SPIN", "on-policy")
+BASES = {"base": 1, "half the SFT": 0.5, "twice the SFT": 2}        # and what its steps of SFT are multiplied by
+GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}     # tried at once; then outward while the best is the last
+TRIED = 5                                        # rates of a variant at most
+ROWS = {"data": "train", "eval_data": "test", "sft_data": "base"}
+WORLD = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "64", "--generate-rows", "240",
+         *(word for flag, split in ROWS.items()
+           for word in ("--" + flag.replace("_", "-"), str(ROOT / f"data/steps_{split}.jsonl")))]
+SFT_FLAGS = "--sft-steps {} --sft-lr 3e-3 --sft-batch-size 32"       # of the base
+CONSTANT = "--lr-scheduler constant --warmup 12".split()             # so that each point of a run is a result
+STEPS, TOKENS, SFT_STEPS = 96, 180_000, 640
+BINS = 16                                        # of a run's steps, for the curves of its pairs
+PAIRS = {       # what is looked at in fresh pairs: head of the table
+    "passes": "y- passes", "false": "a false sum in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
+    "pairs/segment_gap": "B against B', nats", "pairs/seam_gap": "the seam, nats"}
+SUM = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # 97.5 % points of t, 1 ... 9 degrees
-SECONDS = {"base": 40, "run": 33}   # of a process on one thread of a 2-core machine, both cores busy
 
 
-# ----------------------------------------------------------------------------- one run, in a process of its own
-QUIET = "--preset tiny --device cpu --eval-every 0 --save-every 0 --keep 1 --eval-rows 1 --samples 0".split()
+# ----------------------------------------------------------------------------- one run
+def run(job):
+    """A line of study.jsonl: train as the job says, and measure at its marks, in steps and in tokens."""
+    flags = job["flags"].split()
+    folder = base_model(job["seed"], [*WORLD, *SFT_FLAGS.format(job["sft_steps"]).split()], job["bases"])
+    model, text, cfg = opened(folder, job["seed"], [*WORLD, *CONSTANT, *flags, "--lr", f"{job['lr'] or 0:g}"])
+    data, validation, test = (rows_of(split, text, cfg, job["rows"], "steps") for split in ("train", "validation", "test"))
+    marks = [("steps", job["steps"]), *(("tokens", share * job["tokens"]) for share in (0.5, 1))]
+    counts, points, fresh = {"steps": 0, "generated": 0, "trained": 0, "tokens": 0}, [], []
+    step, state = stepper(model, data, text, cfg)
+    if not job["lr"]:                                    # the base itself
+        start = {**counts, "mark": ["start"], **measured(model, test, text, cfg)}
+        points, marks = [start | further(model, validation, test, text, cfg)], []
+    seconds, began = 0.0, time.perf_counter()
+    while marks:
+        lr = train.learning_rate(counts["steps"], 10**9, cfg, cfg.lr)
+        metrics = step(lr)
+        counts["steps"] += 1
+        for kind, key in (("generated", "gen/tokens"), ("trained", "train/tokens")):
+            counts[kind] += int(metrics[key])
+        counts["tokens"] = counts["generated"] + counts["trained"]
+        fresh.append(looked_at(state, metrics, data, text))
+        reached = [mark for mark in marks if counts[mark[0]] >= mark[1]]
+        if reached:
+            seconds += time.perf_counter() - began
+            marks = [mark for mark in marks if mark not in reached]
+            names = [f"{kind} {value / job[kind]:g}" for kind, value in reached]
+            points.append({**counts, "seconds": round(seconds, 1), "mark": names,
+                           **measured(model, test, text, cfg)})
+            if "steps 1" in names:
+                points[-1] |= further(model, validation, test, text, cfg)
+            began = time.perf_counter()
+    return {key: job[key] for key in ("variant", "flags", "lr", "seed")} | {
+        "points": points, "pairs": binned(fresh[:job["steps"]]), "memory": peak_memory(), "torch": torch.__version__}
 
 
-def base_flags(seed, sft_steps):
-    """SFT alone, written as a model folder: the one step at learning rate 0 moves nothing."""
-    return [*QUIET, "--seed", str(seed), "--sft-steps", str(sft_steps), "--steps", "1", "--lr", "0"]
+def stepper(model, data, text, cfg):
+    """(a function that takes one step at a learning rate and returns its metrics, its State): of Algorithm 1, or of SFT
+    where the loss looks at y+ alone: the same step (tests/test_study.py), without the half of it that counts for nothing."""
+    optimizer, draw = train.make_optimizer(model, cfg), Draw(data, cfg.batch_size, cfg.seed, World("cpu"))
+    state = State.start(model, cfg, text.eos, cfg.seed, vocab=text.vocab, breaks=text.breaks(cfg.segment),
+                        optimizer=optimizer, steps_per_epoch=max(1, round(len(data) / cfg.batch_size)))
+
+    def step(lr):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if cfg.loss != "orpo" or cfg.lam:
+            return sapo_step(state, draw, cfg)
+        rows = draw(cfg.batch_size)
+        return train.sft_step(model, optimizer, rows, cfg, nullcontext) | {
+            "gen/tokens": 0, "train/tokens": sum(len(e.prompt) + len(e.chosen) for e in rows)}
+
+    return step, state
 
 
-def variant_flags(flags, base, seed, steps, lr):
-    return [*QUIET, "--model", str(base / "model"), "--no-from-scratch", "--sft-steps", "0", "--sft-data", "",
-            "--seed", str(seed), "--steps", str(steps), "--lr", f"{lr:g}", *flags.split()]
+def measured(model, data, text, cfg):
+    """Of a model's greedy answers to held-out rows: passed, "1" or "0" for each; sums, the share of right ones."""
+    answers, good = heard(model, data, text, cfg)
+    right = [true for answer in answers for true in sums(answer)]
+    return {"passed": "".join("01"[ok] for ok in good), "sums": round(statistics.mean(right or [0]), 4)}
 
 
-def known(path, flags):
-    """The JSON that a job with these flags left at `path`, or None."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text("utf-8"))
-        return found if found["flags"] == flags else None
+def further(model, validation, test, text, cfg):
+    """What is measured at equal steps alone. The verifier's share, greedy on validation rows and sampled on test rows;
+    chosen and rejected, the mean log-probs of the test rows' y+ and of their y-, which are the same for all."""
+    pairs = [pair_of_data(test[i]) for i in range(len(test))]
+    with torch.no_grad():
+        logps = [torch.stack(score(model, collate(pairs[i:i + 60])), 1) for i in range(0, len(pairs), 60)]
+    chosen, rejected = torch.cat(logps).mean(0).tolist()
+    sampled = heard(model, test, text, cfg, cfg.temperature, cfg.top_k, cfg.top_p)[1]
+    return {"validation": statistics.mean(heard(model, validation, text, cfg)[1]), "sampled": statistics.mean(sampled),
+            "chosen": round(chosen, 3), "rejected": round(rejected, 3)}
 
 
-def steps_of(folder):
-    """The lines of a run's metrics.jsonl that are steps of SAPO."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
-    return [line for line in lines if "loss" in line and "step" in line]
+def heard(model, data, text, cfg, *how):
+    """([a model's answer to each row], [whether it passes])."""
+    model.eval()
+    pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in range(len(data))]
+    answers = [text.decode(ids, True) for ids in Listening(data, pairs, cfg, text).answers(model, pairs, *how)]
+    model.train()
+    return answers, [passes(answer, data.verifiers[i]) for i, answer in enumerate(answers)]
 
 
-def work(job):
-    """In the child: train unless that was done, then measure on one split's rows. Leaves trained.json and
-    <split>.json."""
-    folder, base, flags = Path(job["folder"]), Path(job["base"]), job["flags"]
-    if not known(folder / "trained.json", flags):
-        began, train.draw_curves = time.perf_counter(), lambda folder: None
-        code = train.main([*flags, "--out", str(folder), "--overwrite"])
-        if code or not (folder / "model").is_dir():      # stopped, which is code 0, leaves no model
-            return code or 1
-        for spare in ("checkpoint", "ema"):
-            shutil.rmtree(folder / spare)
-        steps, stages = steps_of(folder), {}
-        for name, parts in STAGES.items():
-            stages[name] = sum(step.get(f"time/{part}", 0.0) for step in steps for part in parts)
-        seconds = time.perf_counter() - began
-        trained = {"flags": flags, "seconds": seconds, "stages": stages, "memory": peak_memory()}
-        write_json(folder / "trained.json", trained)
-    if job["split"]:
-        found = measure(folder / "model", base, job["split"], job["seed"], job["rows"])
-        write_json(folder / f"{job['split']}.json", {"flags": flags, **found})
-    return 0
+def sums(answer):
+    """Whether each sum of an answer is right, in order."""
+    return [int(a) + int(f"{op}{b}") == int(c) for a, op, b, c in SUM.findall(answer)]
 
 
-def base_model(seed, sft_steps=500, out=ROOT / "runs/study"):
-    """The model folder of a seed's base where the study has it, made if it is not there."""
-    folder = out / f"base-{sft_steps}-seed-{seed}"
-    if work({"folder": folder, "base": folder, "flags": base_flags(seed, sft_steps), "split": None}):
-        raise Failed(f"{folder} was not made")
-    return folder / "model"
+def looked_at(state, metrics, data, text):
+    """PAIRS of a step's fresh pairs; {} where none were generated."""
+    if "gen/eos_fraction" not in metrics:
+        return {}
+    fresh = [state.buffer.pairs[-i] for i in range(1, BATCH + 1)]
+    texts = [text.decode(p.rejected, True) for p in fresh]
+    own = {"passes": [passes(said, data.verifiers[p.row]) for said, p in zip(texts, fresh)],
+           "false": [not all(sums(said)) for said in texts],
+           "similarity": [difflib.SequenceMatcher(None, p.chosen, p.rejected, False).ratio() for p in fresh]}
+    return {key: statistics.mean(own[key]) if key in own else metrics[key] for key in PAIRS}
+
+
+def binned(steps):
+    """{key: its mean in each of BINS equal parts of the run}, None where a part has none."""
+    parts = np.array_split(np.arange(len(steps)), BINS)
+    values = {key: [[steps[i][key] for i in part if key in steps[i]] for part in parts] for key in PAIRS}
+    return {key: [round(statistics.mean(v), 3) if v else None for v in row] for key, row in values.items() if any(row)}
 
 
 def peak_memory():
     """MiB this process has held at most, all libraries included; None on Windows."""
     with suppress(ImportError):
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-class Listening(Evaluation):
-    """An Evaluation outside of a run, on the CPU, that remembers the answers at each temperature."""
-
-    def __init__(self, data, pairs, cfg, text):
-        inputs = SimpleNamespace(cfg=cfg, text=text, data=[None, data])      # what it looks at in a run's Inputs
-        super().__init__(inputs, World("cpu"), nullcontext, lambda: None, pairs)
-        self.heard = {}
-
-    def answers(self, model, pairs, temperature=0, top_k=0, top_p=1.0):
-        self.heard[temperature] = super().answers(model, pairs, temperature, top_k, top_p)
-        return self.heard[temperature]
-
-
-def measure(folder, base, split, seed, rows=None):
-    """{metric: value} of a model folder on a split's rows: those of train.py's evaluation, and what only answers show.
-
-    ranking_accuracy: y- is y+ with a segment generated by the base; ranking_accuracy/whole: the base's whole answer, to its own end.
-    Both are the same for all variants of a seed (made here if they are not there, so the base comes first). Of answers
-    at temperature 1: distinct-2, two-word sequences that differ, of all; repeated, answers whose wording (facts
-    blanked) another has as well; length, in tokens.
-    """
-    model, text, cfg = opened(folder, seed)
-    data = rows_of(split, text, cfg, rows)
-    segment = against(base, cfg, split, data, text)
-    whole = against(base, parse([*QUIET, "--seed", str(seed), *WHOLE.split()]).cfg, split, data, text)
-    return judged(model, data, segment, cfg, text) | {"ranking_accuracy/whole": ahead(model, whole)}
-
-
-def opened(folder, seed):
-    """(model, Text, Config) of a model folder and a seed."""
-    model = load_pretrained(folder)
-    return model, Text(companions(folder), folder, model.config), parse([*QUIET, "--seed", str(seed)]).cfg
-
-
-def rows_of(split, text, cfg, rows=None):
-    """The first rows of the tiny world's split, or all, as Data."""
-    return Data(read_rows(ROOT / "data" / f"tiny_{split}.jsonl")[:rows], text, cfg, split)
-
-
-def judged(model, data, pairs, cfg, text):
-    """`measure` of a model in memory, on the rows of `data` as Pairs, but for the rank of whole answers."""
-    evaluation = Listening(data, pairs, cfg, text)
-    found = evaluation.measure(model)
-    del found["gap_change"]                              # since the start, which here would be the model itself
-    answers = evaluation.heard[1.0]
-    texts = [text.decode(ids, True) for ids in answers]
-    return found | {"distinct-2": distinct(texts), "repeated": repeated(texts, data.verifiers),
-                    "length": statistics.mean(map(len, answers))}
-
-
-def against(base, cfg, split, data, text):
-    """The rows of a split as Pairs: y- generated by the base, made once and kept in its folder."""
-    name = f"eval-{split}-{cfg.segment.strip('%')}-{cfg.after}-{len(data)}"
-    if not (base / f"{name}.json").exists():
-        cut_rng, sample_rng = np.random.default_rng(cfg.seed), torch.Generator().manual_seed(cfg.seed)
-        examples, model = [data[i] for i in range(len(data))], load_pretrained(base / "model")
-        breaks = text.breaks(cfg.segment)
-        cuts = [sapo.split(e.chosen, cfg.segment, text.eos, cut_rng, breaks, cfg.after) for e in examples]
-        segments = sapo.generate_segments(model, examples, cuts, cfg, text.eos, sample_rng, text.vocab, breaks=breaks)
-        to_disk(pack(map(sapo.splice, examples, cuts, segments, repeat(text.eos))), name, base)
-    return unpack(from_disk(base, name))
-
-
-@torch.no_grad()
-def ahead(model, pairs):
-    """Share of pairs whose y+ has the higher mean log-prob."""
-    right = 0
-    for i in range(0, len(pairs), BATCH):
-        batch = collate(pairs[i:i + BATCH])
-        chosen, rejected = score(model, batch)
-        right += int((chosen / batch.lengths[:, 0] > rejected / batch.lengths[:, 1]).sum())
-    return right / len(pairs)
-
-
-def distinct(texts):
-    words = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
-    pairs = [pair for w in words for pair in zip(w, w[1:])]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
-def repeated(texts, verifiers):
-    """Share of answers whose wording another answer has as well; every prompt has other facts, so those are blanked."""
-    facts = {word for verifier in verifiers.values() for words in verifier.values() for word in words}
-    blank = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(facts)))}|his|him)\b", re.IGNORECASE)
-    worded = [blank.sub("_", text) for text in texts]
-    return sum(worded.count(w) > 1 for w in worded) / max(1, len(worded))
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 # ----------------------------------------------------------------------------- all runs
-class Failed(Exception):
-    """A run ended badly; the message says which, and shows the end of its log."""
+def read(path):
+    """{(variant, lr, seed): line} of study.jsonl; a line that was torn is none."""
+    found = {}
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            found[row["variant"], row["lr"], row["seed"]] = row
+    return found
 
 
-class Study:
-    """The runs of one study: `do` starts those that are not done yet, `found` reads what they left."""
-
-    def __init__(self, args):
-        self.args, self.out, self.began = args, Path(args.out), time.monotonic()
-        self.seeds = range(1, args.seeds + 1)
-
-    def base(self, seed):
-        return self.out / f"base-{self.args.sft_steps}-seed-{seed}"
-
-    def job(self, flags, lr, seed, split):
-        """One run and the rows it is measured on; lr None: the base."""
-        base, steps = self.base(seed), self.args.steps
-        if lr is None:
-            folder, given = base, base_flags(seed, self.args.sft_steps)
-        else:
-            name = re.sub(r"[^\w.]+", "-", flags.replace("%", "pc")).strip("-") or "sapo"
-            folder = self.out / f"{name}-lr-{lr:g}-steps-{steps}-seed-{seed}"
-            given = variant_flags(flags, base, seed, steps, lr)
-        return {"folder": str(folder), "base": str(base), "flags": given, "split": split, "seed": seed,
-                "rows": self.args.rows}
-
-    def result(self, job):
-        """What a job has left, or None."""
-        return known(Path(job["folder"]) / f"{job['split'] or 'trained'}.json", job["flags"])
-
-    def found(self, flags, lr, seed, split="test"):
-        return self.result(self.job(flags, lr, seed, split))
-
-    def do(self, what, jobs):
-        """All jobs that have left no result, --jobs at a time; the first that fails ends the study when those begun
-        are over."""
-        jobs = list({(j["folder"], j["split"]): j for j in jobs}.values())
-        left = [j for j in jobs if not self.result(j)]
-        print(f"{what}: {len(jobs)} runs, {len(jobs) - len(left)} of them done before", flush=True)
-
-        def one(numbered):
-            number, job = numbered
-            began = time.monotonic()
-            log = Path(job["folder"] + ".log")
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "w", encoding="utf-8") as file:
-                command = [sys.executable, __file__, "--job", json.dumps(job)]
-                code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT,
-                                      env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}).returncode
-            if code:
-                raise Failed(f"{job['folder']} ended with code {code}:\n{log.read_text('utf-8')[-1500:]}")
-            print(f"  {number}/{len(left)}  {Path(job['folder']).name}  {time.monotonic() - began:.0f} s", flush=True)
-
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            futures = [pool.submit(one, numbered) for numbered in enumerate(left, 1)]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def tune(self, variants):
-        """{variant: (best learning rate, {rate: validation score})}."""
-        rates = {variant: self.args.rates or RATES[loss_of(flags)] for variant, flags in variants.items()}
-        if all(len(r) == 1 for r in rates.values()):
-            return {variant: (r[0], {}) for variant, r in rates.items()}
-        seed = self.seeds[0]
-        self.do("base on validation rows", [self.job("", None, seed, "validation")])     # leaves the y- of all others
-        self.do("tuning", [self.job(variants[variant], lr, seed, "validation")
-                           for variant, tried in rates.items() for lr in tried])
-        scores = {variant: {lr: verified(self.found(variants[variant], lr, seed, "validation")) for lr in tried}
-                  for variant, tried in rates.items()}
-        return {variant: (max(s, key=s.get), s) for variant, s in scores.items()}
+def chosen_rate(variant, found, seeds):
+    """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's three on
+    the validation rows of the first seed; while the best is the last on its side, the next one outward is tried."""
+    variant = AS.get(variant, variant)
+    words = RELATIVES[variant][0].split()
+    rates = list(FIRST["orpo" if "orpo" in words else "dpo"])
+    while True:
+        missing = [(variant, lr, seeds[0]) for lr in rates if (variant, lr, seeds[0]) not in found]
+        if missing:
+            return None, missing
+        scores = [at(found[variant, lr, seeds[0]], "steps 1")["validation"] for lr in rates]
+        best = scores.index(max(scores))
+        place = GRID.index(rates[best]) + (1 if best else -1)
+        if 0 < best < len(rates) - 1 or len(rates) == TRIED or not 0 <= place < len(GRID):
+            return rates[best], []
+        rates = sorted([*rates, GRID[place]])
 
 
-def loss_of(flags):
-    words = flags.split()
-    return words[words.index("--loss") + 1] if "--loss" in words else "dpo"
+def todo(found, variants, seeds):
+    """The runs that can be started now, the most important first."""
+    runs = [("base", None, seed) for seed in seeds]
+    if any(key not in found for key in runs):
+        return [key for key in runs if key not in found]
+    for variant in variants:
+        lr, missing = chosen_rate(variant, found, seeds)
+        runs += missing or [(variant, lr, seed) for seed in seeds]
+    runs += [(base, None, seed) for base in BASES for seed in seeds]
+    return [key for key in dict.fromkeys(runs) if key not in found]
 
 
-def verified(row):
-    """The mean of the verifier's three scores."""
-    return statistics.mean(row[k] for k in VERIFIER)
+def held(folder, key):
+    """A file that is locked while a process works on a run, or None where another does. Where there are no locks
+    (Windows), one process should work alone."""
+    file = open(folder / ("-".join(map(str, key)) + ".lock"), "w")
+    with suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+    return file
+
+
+def go(args, variants, seeds, path):
+    """All runs that no other process is at, one after another, until there are none or the time is over. Each appends
+    its line as it ends."""
+    end = time.monotonic() + 60 * (args.minutes or math.inf)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    while time.monotonic() < end:
+        left = todo(read(path), variants, seeds)
+        if not left:
+            return
+        for key in left:
+            lock = held(Path(args.out), key)
+            if lock and key not in read(path):
+                break
+        else:                                            # others are at all of them: their results may open more
+            time.sleep(2)
+            continue
+        with lock:
+            began, row = time.monotonic(), run(job_of(args, key))
+            torn = path.exists() and not path.read_bytes().endswith(b"\n")
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n" * torn + json.dumps(row) + "\n")
+        print(f"{' '.join(map(str, key))}: {time.monotonic() - began:.0f} s, at least {len(left) - 1} more", flush=True)
+
+
+def job_of(args, key):
+    """What `run` must know."""
+    variant, lr, seed = key
+    sft_steps = round(args.sft_steps * BASES.get(variant, 1))
+    return {"variant": variant, "flags": RELATIVES[variant][0] if lr else "", "lr": lr, "seed": seed, "steps": args.steps,
+            "tokens": args.tokens, "sft_steps": sft_steps, "rows": args.rows,
+            "bases": str(Path(args.out, f"base-{sft_steps}"))}
+
+
+def side_by_side(argv, jobs):
+    """The same command in several processes at once, which share the runs; the worst exit code."""
+    command = [sys.executable, __file__, *argv, "--worker"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return max(process.wait() for process in [subprocess.Popen(command, env=env) for _ in range(jobs)])
+
+
+# ----------------------------------------------------------------------------- numbers
+def at(row, mark):
+    """A run's point at a mark."""
+    return next(point for point in row["points"] if mark in point["mark"])
+
+
+def share(point):
+    """The primary metric: of the greedy answers to the test prompts, those that pass."""
+    return point["passed"].count("1") / len(point["passed"])
 
 
 def interval(values):
@@ -398,207 +337,145 @@ def cell(values, digits, sign=""):
     return f"{mean:{sign}.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def verdict(values):
-    """Of paired differences: does the interval leave 0 out, and on which side?"""
-    mean, half = interval(values)
-    return "cannot be told" if not abs(mean) > half else "holds" if mean > 0 else "does not hold"
+def p_value(values):
+    """Of paired differences whose true mean is 0: two-sided, by Student's t (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    n, mean = len(values), statistics.mean(values)
+    spread = statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    if n < 2 or not spread:
+        return float(n < 2 or not mean)
+    angle = math.atan(abs(mean) / spread / math.sqrt(n - 1))
+    odd, term = (n - 1) % 2, math.cos(angle) if (n - 1) % 2 else 1.0
+    inside = 0.0
+    for k in range(1 + odd, n - 1, 2):                   # 1, cos^2 / 2, ... or cos, 2 cos^3 / 3, ...
+        inside += term
+        term *= math.cos(angle) ** 2 * k / (k + 1)
+    within = 2 / math.pi * (angle + math.sin(angle) * inside) if odd else math.sin(angle) * inside
+    return max(0.0, 1 - within)
 
 
-# ----------------------------------------------------------------------------- tables and figures
-def markdown(heads, rows):
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [heads, *rows]]
-    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+def holm(values):
+    """Holm's adjusted p-values, in the order given."""
+    adjusted, worst = [0.0] * len(values), 0.0
+    for rank, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        worst = max(worst, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def verdict(mean, p):
+    return "cannot be told" if p >= 0.05 else "holds" if mean > 0 else "does not hold"
+
+
+# ----------------------------------------------------------------------------- tables
+class Results:
+    """What study.jsonl holds, as the tables need it: the finished runs of each variant at its chosen rate."""
+
+    def __init__(self, found):
+        self.found = found
+        self.seeds = sorted({seed for variant, _, seed in found if variant == "base"})
+        self.runs, self.rates = {}, {}
+        for variant in [*BASES, *RELATIVES]:
+            lr = None if variant in BASES else chosen_rate(variant, found, self.seeds)[0]
+            runs = [found.get((variant, lr, seed)) for seed in self.seeds]
+            if all(runs):                                # a variant with runs missing is not shown
+                self.runs[variant], self.rates[variant] = runs, lr
+        self.trained = [variant for variant in self.runs if variant not in BASES]
+
+    def points(self, variant, mark):
+        return [at(run, "start" if variant in BASES else mark) for run in self.runs[variant]]
+
+    def shares(self, variant, mark):
+        return [share(point) for point in self.points(variant, mark)]
+
+    def differences(self, ours, theirs, mark):
+        return [a - b for a, b in zip(self.shares(ours, mark), self.shares(theirs, mark))]
+
+    def flipped(self, ours, theirs, mark):
+        """(prompts that only ours passes, that only theirs passes), over all seeds."""
+        both = [zip(a["passed"], b["passed"]) for a, b in zip(self.points(ours, mark), self.points(theirs, mark))]
+        pairs = [pair for seed in both for pair in seed]
+        return pairs.count(("1", "0")), pairs.count(("0", "1"))
+
+
+def report(found):
+    """The tables as Markdown."""
+    r = Results(found)
+    n = len(r.seeds)
+    lines = [f"Share of {len(r.points('base', '')[0]['passed'])} test prompts whose greedy answer passes the verifier, mean "
+             f"± 95 % t-interval over {n} seeds.\n", "At equal steps:\n", steps_table(r), "\nAt equal tokens, generated and "
+             "trained on together:\n", tokens_table(r)]
+    for mark, name in (("steps 1", "equal steps"), ("tokens 1", "equal tokens")):
+        rows = claims(r, mark)
+        if rows and n > 1:
+            lines += [f"\nThe claims at {name}: differences seed by seed, p of a paired t-test, and Holm's correction over "
+                      f"the {len(rows)} claims:\n",
+                      markdown(["claim", "difference", "mean", "won, lost prompts", "p", "Holm's p", "here"], rows)]
+    lines += ["\nIs y- worse, and where? Fresh pairs, first and last quarter of a run, all seeds:\n",
+              markdown(["variant", *PAIRS.values()], [[v, *ends(runs)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
+              "\nLearning rates tried: greedy share on validation rows, first seed:\n", tuning_table(r)]
+    return "\n".join(lines)
+
+
+def steps_table(r):
+    rows = []
+    for variant, runs in r.runs.items():
+        points = r.points(variant, "steps 1")
+        few = [cell([point[key] for point in points], 2) for key in ("sampled", "sums")]
+        moved = [cell([point[key] for point in points], 1) for key in ("chosen", "rejected")]
+        cost = [f"{statistics.mean(point[key] for point in points) / 1e3:.0f}k" for key in ("generated", "trained")]
+        time = [f"{statistics.mean(p.get('seconds', 0) for p in points):.0f}", max(run["memory"] or 0 for run in runs)]
+        rows.append([variant, r.rates[variant] or "-", cell(r.shares(variant, "steps 1"), 3), *few, *moved,
+                     *(["-"] * 4 if variant in BASES else [*cost, *time])])
+    return markdown(["variant", "lr", "greedy", "sampled", "right sums", "log p(y+)", "log p(y-)",
+                     "generated", "trained on", "seconds", "MiB"], rows)
+
+
+def tokens_table(r):
+    rows = []
+    for variant in r.trained:
+        steps = statistics.mean(point["steps"] for point in r.points(variant, "tokens 1"))
+        rows.append([variant, f"{steps:.0f}", *(cell(r.shares(variant, f"tokens {part}"), 3) for part in ("0.5", "1"))])
+    return markdown(["variant", "steps", "greedy at half of the tokens", "at all"], rows)
+
+
+def claims(r, mark):
+    """A row for each claim whose variants are there."""
+    told = {claim: pair for claim, pair in CLAIMS.items() if set(pair) <= set(r.runs)}
+    values = [r.differences(*pair, mark) for pair in told.values()]
+    ps = [p_value(v) for v in values]
+    rows = []
+    for (claim, pair), v, p, adjusted in zip(told.items(), values, ps, holm(ps)):
+        won = ", ".join(map(str, r.flipped(*pair, mark)))
+        rows.append([claim, " - ".join(pair), cell(v, 3, "+"), won, f"{p:.3f}", f"{adjusted:.3f}",
+                     verdict(statistics.mean(v), adjusted)])
+    return rows
+
+
+def ends(runs):
+    """Cells of PAIRS: the mean of the first and of the last quarter."""
+    cells = []
+    for key in PAIRS:
+        rows = [run["pairs"].get(key) or [None] for run in runs]
+        parts = [[v for row in rows for v in row[part] if v is not None]
+                 for part in (slice(BINS // 4), slice(-BINS // 4, None))]
+        cells.append(" → ".join(f"{statistics.mean(part):.2f}" if part else "-" for part in parts))
+    return cells
+
+
+def tuning_table(r):
+    tried = {}
+    for (variant, lr, seed), row in sorted(r.found.items(), key=str):
+        if lr and seed == r.seeds[0]:
+            tried.setdefault(variant, {})[lr] = at(row, "steps 1")["validation"]
+    return markdown(["variant", "lr: score"], [
+        [variant, ", ".join(f"{lr:g}: {tried[variant][lr]:.3f}" for lr in sorted(tried[variant]))]
+        for variant in RELATIVES if variant in tried])
 
 
 def relatives():
     """The table of variants, for the documents."""
     return markdown(["variant", "flags beside `--preset tiny`", "what it is"],
-                    [[variant, f"`{flags}`" if flags else "none", words] for variant, (flags, words) in
-                     [*((name, (flags, WORDS[name])) for name, flags in RELATIVES.items()), *KIN.items()]])
-
-
-def report(results):
-    """The tables as Markdown, from the dict that study.json holds."""
-    variants, ablations = results["variants"], results["ablations"]
-    n, heads = len(results["seeds"]), [head for head, _ in COLUMNS.values()]
-    tuned = {variant: v["tuning"] for variant, v in variants.items() if v["tuning"]}
-    lines = [f"Test rows, {results['steps']} steps of {BATCH} pairs, mean ± 95 % t-interval over {n} "
-             f"seed{'s' * (n > 1)}; lr {'chosen on validation rows' if tuned else 'not chosen, but given'}.\n",
-             markdown(["variant", "lr", *heads],
-                      [[variant, f"{v['lr']:g}" if v["lr"] else "-", *cells(v["test"])]
-                       for variant, v in variants.items()])]
-    claims = [[claim, f"{a} - {b}", *differences(variants[a]["test"], variants[b]["test"])]
-              for claim, (a, b) in CLAIMS.items() if a in variants and b in variants]
-    if claims and n > 1:
-        lines += ["\nDifferences of the verifier's scores, seed by seed (the same base and prompts). Holds, does not "
-                  "hold: the mean's interval leaves 0 out; it is one of several looked at, none corrected for that:\n",
-                  markdown(["claim", "difference", "mean", *(COLUMNS[k][0] for k in VERIFIER), "here"], claims)]
-    if ablations:
-        lines += [f"\nSAPO-DPO with one thing changed, lr {variants['SAPO-DPO']['lr']:g}, "
-                  f"{results['ablation_seeds']} seeds:\n",
-                  markdown(["what", "value", *heads],
-                           [[what, value, *cells(rows)]
-                            for what, values in ablations.items() for value, rows in values.items()])]
-    lines += ["\nIs y- worse? Share of y- that the verifier passes, log p(B) - log p(B') and log p(C) after B less "
-              "after B' (nats), B' equal to B, y- ended early: first and last fifth of the run, all seeds:\n",
-              markdown(["variant", *WORSE],
-                       [[variant, *("{:.2f} → {:.2f}".format(*v["pairs"][k]) for k in WORSE.values())]
-                        for variant, v in variants.items() if v.get("pairs")]),
-              "\nSeconds of a run's steps by stage, and MiB held at most (one thread, two runs at a time):\n",
-              markdown(["variant", *STAGES, "all steps", "MiB"],
-                       [[variant, *(f"{v['stages'][k]:.1f}" for k in STAGES), f"{sum(v['stages'].values()):.1f}",
-                         f"{v['memory'] or 0:.0f}"] for variant, v in variants.items() if v.get("stages")])]
-    if tuned:
-        lines += ["\nTuning: mean of the verifier's scores on validation rows, one seed:\n",
-                  markdown(["variant", "lr: score"],
-                           [[variant, ", ".join(f"{lr}: {s:.2f}" for lr, s in scores.items())]
-                            for variant, scores in tuned.items()])]
-    return "\n".join(lines)
-
-
-def cells(rows):
-    """COLUMNS of one variant's results, a row a seed."""
-    return [cell([row[k] for row in rows], digits) for k, (_, digits) in COLUMNS.items()]
-
-
-def differences(ours, theirs):
-    """Mean and single scores of the verifier, ours less theirs, seed by seed, and the verdict on the mean."""
-    means = [verified(x) - verified(y) for x, y in zip(ours, theirs)]
-    single = [[x[k] - y[k] for x, y in zip(ours, theirs)] for k in VERIFIER]
-    return [*(cell(values, 2, "+") for values in (means, *single)), verdict(means)]
-
-
-def curves(folder):
-    """{key: values by step} of a run's metrics.jsonl."""
-    rows = steps_of(folder)
-    return {k: np.array([r[k] for r in rows]) for panel in PAIRS.values() for k in panel if k in rows[0]}
-
-
-def draw(results, lines, folder):
-    """study.png, ablations.png, pairs.png, 900 pixels wide."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.grid": True, "grid.alpha": 0.25})
-    colours, markers = ("#0072b2", "#d55e00", "#009e73"), "osD"
-    variants = results["variants"]
-
-    def dots(axis, rows, keys, along="x", scale=0.24):
-        """One row (or column) of dots with intervals for each of `rows`, lists of results."""
-        for key, colour, marker, i in zip(keys, colours, markers, range(3)):
-            means, halves = zip(*(interval([r[key] for r in row]) for row in rows))
-            places = np.arange(len(rows)) + scale * (i - (len(keys) - 1) / 2)
-            halves, x, y = np.nan_to_num(halves), *((means, places) if along == "x" else (places, means))
-            axis.errorbar(x, y, fmt=marker, color=colour, markersize=4.5, elinewidth=1.2, label=COLUMNS[key][0],
-                          **{f"{along}err": halves})
-
-    figure, axes = plt.subplots(1, 3, figsize=(9, 0.36 * len(variants) + 1.5), layout="constrained",
-                                width_ratios=(2.2, 1, 1), sharey=True)
-    rows = [v["test"] for v in variants.values()]
-    for axis, keys, title in ((axes[0], VERIFIER, "share of stories without a slip"),
-                              (axes[1], ("nll",), "NLL per token of y+"), (axes[2], ("distinct-2",), "distinct-2")):
-        dots(axis, rows, keys)
-        axis.set_title(title)
-        axis.locator_params(axis="x", nbins=6 if axis is axes[0] else 4)
-    axes[0].set_yticks(range(len(variants)), variants)
-    axes[0].set_ylim(len(variants) - 0.5, -0.5)
-    axes[0].set_xlim(-0.02, 1.02)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(folder / "study.png", dpi=100)
-
-    if results["ablations"]:
-        figure, axes = plt.subplots(2, 4, figsize=(9, 5.2), layout="constrained", sharey=True)
-        for axis, (what, values) in zip(axes.flat, results["ablations"].items()):
-            dots(axis, list(values.values()), VERIFIER, "y", 0.2)
-            names = [v.replace(" %", "%").replace(" ", "\n", 1) for v in values]
-            axis.set_xticks(range(len(values)), names, fontsize=8)
-            axis.set_xlim(-0.5, len(values) - 0.5)
-            axis.set_title(what)
-            axis.set_ylim(-0.02, 1.02)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("stories without a slip")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-        figure.savefig(folder / "ablations.png", dpi=100)
-
-    figure, axes = plt.subplots(2, 3, figsize=(9, 5.4), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, PAIRS.items()):
-        for i, (variant, runs) in enumerate(lines.items()):
-            for key, style in keys.items():
-                if style == ":" and i:
-                    continue                             # y+ is everybody's
-                mean = np.mean([run[key] for run in runs], 0)
-                n = max(1, len(mean) // 12)              # a running mean
-                smooth = np.convolve(np.pad(mean, (n // 2, n - 1 - n // 2), "edge"), np.ones(n) / n, "valid")
-                colour, label = ("black", "y+ (all variants)") if style == ":" else (f"C{i}", variant)
-                axis.plot(np.arange(1, len(mean) + 1), smooth, style, color=colour, label=label)
-        axis.set_title(title)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False,
-                  fontsize=8)
-    figure.savefig(folder / "pairs.png", dpi=100)
-    plt.close("all")
-
-
-# ----------------------------------------------------------------------------- the command
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--out", help="folder of the runs (default runs/study; with --quick runs/study-quick)")
-    parser.add_argument("--figures", help="folder of study.json and the pictures (default docs/figures; with --quick "
-                        "the runs' own)")
-    parser.add_argument("--quick", action="store_true", help="under 3 minutes: four variants, two seeds, 30 steps, no "
-                        "tuning")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--variants", help="only these, comma-separated")
-    parser.add_argument("--seeds", type=int, help="of the variants (default 5; 10 at most)")
-    parser.add_argument("--ablation-seeds", type=int, help="of the ablations (default 3); 0 leaves them out")
-    parser.add_argument("--rates", help="learning rates to choose from, for all variants; one: no tuning")
-    parser.add_argument("--steps", type=int, help="of every run (default 120)")
-    parser.add_argument("--sft-steps", type=int, help="steps of SFT that make the base (default 500)")
-    parser.add_argument("--rows", type=int, help="validation and test rows used (default all)")
-    parser.add_argument("--relatives", action="store_true", help="print the table of variants and stop")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.job:
-        return work(json.loads(args.job))
-    if args.relatives:
-        print(relatives())
-        return 0
-    usual = dict(out="runs/study", figures="docs/figures", variants=",".join(RELATIVES), seeds=5, ablation_seeds=3,
-                 rates="", steps=120, sft_steps=500)
-    if args.quick:
-        usual |= dict(out="runs/study-quick", variants="SAPO-DPO,SPIN,offline DPO,SFT", seeds=2, ablation_seeds=0,
-                      rates="1e-4", steps=30, rows=100)
-        usual["figures"] = args.out or usual["out"]
-    for name, value in usual.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    variants = {variant: RELATIVES.get(variant) for variant in args.variants.split(",")}
-    if None in variants.values():
-        parser.error(f"--variants: choose from {', '.join(RELATIVES)}")
-    if not 0 <= args.ablation_seeds <= args.seeds <= 10 or args.seeds < 1:
-        parser.error("--seeds must be from 1 to 10, and --ablation-seeds not more")
-    if args.ablation_seeds and "SAPO-DPO" not in variants:
-        parser.error("the ablations are SAPO-DPO's; name it in --variants, or give --ablation-seeds 0")
-    args.rates = [float(lr) for lr in args.rates.split(",") if lr]
-
-    study = Study(args)
-    try:
-        results, lines = go(study, variants)
-    except Failed as failure:
-        print(f"study: {failure}", file=sys.stderr)
-        return 1
-    figures = Path(args.figures)
-    figures.mkdir(parents=True, exist_ok=True)
-    write_json(figures / "study.json", results)
-    draw(results, lines, figures)
-    tables = report(results)
-    (figures / "study.md").write_text(page(tables), "utf-8")
-    minutes = (time.monotonic() - study.began) / 60
-    print(f"\n{tables}\n\n{minutes:.0f} minutes; study.md, study.json and the pictures are in {figures}")
-    return 0
+                    [[variant, f"`{flags}`" if flags else "none", words] for variant, (flags, words) in RELATIVES.items()])
 
 
 def page(tables):
@@ -606,58 +483,123 @@ def page(tables):
     return f"What `python tools/study.py` prints.\n\n{tables}\n"
 
 
-def go(study, variants):
-    """All runs, then (what study.json holds, {variant: curves of its runs})."""
-    args, seeds = study.args, list(study.seeds)
-    few, ablations = seeds[:args.ablation_seeds], ABLATIONS if args.ablation_seeds else {}
-    tried = sum(len(args.rates or RATES[loss_of(flags)]) for flags in variants.values())
-    tuning = tried if tried > len(variants) else 0
-    changed = {flags for values in ablations.values() for flags in values.values() if flags}
-    runs = tuning + len(variants) * (len(seeds) - (tuning > 0)) + len(changed) * len(few)
-    cost = len(seeds) * SECONDS["base"] * args.sft_steps / 500 + runs * (8 + (SECONDS["run"] - 8) * args.steps / 120)
-    cost /= min(args.jobs, os.cpu_count() or 1)
-    print(f"{len(seeds)} bases, {tuning} runs to choose learning rates, {runs - tuning} more; {args.steps} steps each, "
-          f"{args.jobs} at a time: about {cost / 60:.0f} minutes on a laptop, less what {study.out} holds already",
-          flush=True)
-
-    study.do("bases", [study.job("", None, seed, "test") for seed in seeds])
-    chosen = study.tune(variants)
-    jobs = [study.job(flags, chosen[variant][0], seed, "test")
-            for variant, flags in variants.items() for seed in seeds]
-    jobs += [study.job(flags, chosen["SAPO-DPO"][0], seed, "test")
-             for values in ablations.values() for flags in values.values() for seed in few]
-    study.do("variants and ablations", jobs)
-
-    base = {"lr": None, "flags": "", "tuning": {}, "test": [study.found("", None, s) for s in seeds]}
-    results = {"steps": args.steps, "seeds": seeds, "ablation_seeds": len(few), "torch": torch.__version__,
-               "variants": {"untouched base": base}}
-    lines = {}
-    for variant, flags in variants.items():
-        lr, scores = chosen[variant]
-        trained = [study.found(flags, lr, s, None) for s in seeds]
-        runs = [curves(Path(study.job(flags, lr, s, "test")["folder"])) for s in seeds]
-        pairs = {} if "--rejected data" in flags else ends(runs, max(1, args.steps // 5))
-        results["variants"][variant] = {
-            "lr": lr, "flags": flags, "tuning": {f"{k:g}": v for k, v in scores.items()},
-            "test": [study.found(flags, lr, s) for s in seeds],
-            "stages": {k: statistics.mean(t["stages"][k] for t in trained) for k in STAGES},
-            "memory": max((t["memory"] or 0) for t in trained), "pairs": pairs}
-        if pairs and (variant in IN_PAIRS or len(variants) < 5):
-            lines[variant] = runs
-    results["ablations"] = {
-        what: {value: [study.found(flags, chosen["SAPO-DPO"][0], s) for s in few] for value, flags in values.items()}
-        for what, values in ablations.items()}
-    tested = [v["test"] for v in results["variants"].values()]
-    for rows in tested + [rows for values in results["ablations"].values() for rows in values.values()]:
-        for row in rows:
-            row.pop("flags", None)                       # they name folders of this machine
-    return results, lines
+# ----------------------------------------------------------------------------- pictures
+COMPUTED = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")
+IN_PAIRS = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")
 
 
-def ends(runs, n):
-    """{key: [mean of the first n steps, of the last n]} over all runs."""
-    return {k: [float(np.mean([run[k][:n] for run in runs])), float(np.mean([run[k][-n:] for run in runs]))]
-            for k in runs[0]}
+def draw(found, folder):
+    """study.png, compute.png, pairs.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.grid": True, "grid.alpha": 0.25})
+    r = Results(found)
+    for name, drawing, size in (("study", draw_shares, (8, 0.34 * len(r.runs) + 1.2)), ("compute", draw_compute, (7, 4)),
+                                ("pairs", draw_pairs, (9, 5.4))):
+        figure = plt.figure(figsize=size, layout="constrained")
+        drawing(r, figure)
+        figure.savefig(folder / f"{name}.png", dpi=100)
+    plt.close("all")
+
+
+def draw_shares(r, figure):
+    """Greedy share of each variant, at equal steps and at equal tokens."""
+    axis = figure.subplots()
+    for mark, label, place, look in (("steps 1", "equal steps", -0.14, dict(fmt="o", color="#0072b2")),
+                                     ("tokens 1", "equal tokens", 0.14, dict(fmt="s", color="#d55e00"))):
+        cells = [interval(r.shares(variant, mark)) for variant in r.runs]
+        means, halves = np.nan_to_num(np.array(cells)).T
+        axis.errorbar(means, np.arange(len(cells)) + place, xerr=halves, markersize=4.5, label=label, **look)
+    axis.axvline(cells[0][0], color="grey", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(r.runs)), r.runs)
+    axis.set_ylim(len(r.runs) - 0.5, -0.5)
+    axis.set_xlabel("share of test prompts answered right, greedy")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+
+
+def draw_compute(r, figure):
+    """Greedy share over the tokens generated and trained on."""
+    axis = figure.subplots()
+    start = interval(r.shares("base", "start"))[0]
+    for i, variant in enumerate(v for v in COMPUTED if v in r.runs):
+        marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.shares(variant, mark)))
+                       for mark in ("tokens 0.5", "tokens 1", "steps 1"))
+        x, y, half = np.array([(0, start, 0), *marks]).T
+        axis.errorbar(x / 1e3, y, np.nan_to_num(half), marker="os^vDP*"[i], markersize=4, capsize=2, linewidth=1.2, label=variant)
+    axis.set_xlabel("thousand tokens generated and trained on")
+    axis.set_ylabel("share answered right, greedy")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def draw_pairs(r, figure):
+    """What fresh pairs are like over the run, and beside it the held-out log-probs."""
+    axes = figure.subplots(2, 3)
+    for i, variant in enumerate(v for v in IN_PAIRS if v in r.runs):
+        runs = r.runs[variant]
+        for axis, key in zip(axes.flat, [key for key in PAIRS if key != "gen/eos_fraction"]):
+            rows = np.array([run["pairs"].get(key) or [np.nan] * BINS for run in runs], float)
+            axis.plot((np.arange(BINS) + 0.5) / BINS, rows.mean(0), color=f"C{i}", label=variant)
+            axis.set_title(PAIRS[key])
+        moved = {key: statistics.mean(a[key] - b[key] for a, b in zip(r.points(variant, "steps 1"), r.points("base", "")))
+                 for key in ("chosen", "rejected")}
+        axes[1, 2].barh([2 * i, 2 * i + 0.8], [moved["chosen"], moved["rejected"]], 0.8, color=f"C{i}", alpha=0.9)
+        axes[1, 2].barh([2 * i + 0.8], [moved["rejected"]], 0.8, color="white", alpha=0.5)
+    axes[1, 2].set_title("change of held-out log p: y+, and (pale) y-")
+    axes[1, 2].set_yticks([])
+    axes[1, 2].invert_yaxis()
+    for axis in axes.flat[:5]:
+        axis.set_xlabel("part of the run")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+
+
+# ----------------------------------------------------------------------------- the command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--out", default="runs/study", help="folder of the bases")
+    parser.add_argument("--figures", help="folder of study.jsonl, tables and pictures (default docs/figures; with --quick "
+                        "the bases' own)")
+    parser.add_argument("--report", action="store_true", help="train nothing, show what is there")
+    parser.add_argument("--quick", action="store_true", help="two variants, two seeds, few steps")
+    parser.add_argument("--relatives", action="store_true", help="print the table of variants and stop")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, help="begin no run after so long")
+    parser.add_argument("--variants", default=",".join(STUDIED), help="these, comma-separated, in this order")
+    parser.add_argument("--seeds", type=int, default=5, help="1 to 10")
+    parser.add_argument("--steps", type=int, default=STEPS, help="where runs are compared at equal steps")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="where they are compared at equal tokens")
+    parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help="steps of SFT that make the base")
+    parser.add_argument("--rows", type=int, help="rows of each split used (default all)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.relatives:
+        print(relatives())
+        return 0
+    if args.quick:
+        args.out, args.variants, args.seeds, args.rows = "runs/study-quick", "SAPO-DPO,SFT", 2, 64
+        args.steps, args.tokens, args.sft_steps = 8, 10_000, 100
+    variants = args.variants.split(",")
+    if not set(variants) <= set(RELATIVES):
+        parser.error(f"--variants: choose from {', '.join(RELATIVES)}")
+    if not 1 <= args.seeds <= 10:
+        parser.error("--seeds must be from 1 to 10")
+    figures = Path(args.figures or (args.out if args.quick else ROOT / "docs/figures"))
+    figures.mkdir(parents=True, exist_ok=True)
+    path = figures / "study.jsonl"
+    if args.worker:
+        go(args, variants, list(range(1, args.seeds + 1)), path)
+        return 0
+    code = 0 if args.report else side_by_side(sys.argv[1:] if argv is None else argv, args.jobs)
+    if code:
+        return code
+    found = read(path)
+    tables = report(found)
+    (figures / "study.md").write_text(page(tables), "utf-8")
+    draw(found, figures)
+    print(f"\n{tables}\n\nstudy.md, study.jsonl and the pictures are in {figures}")
+    return 0
 
 
 if __name__ == "__main__":
