@@ -1,7 +1,7 @@
 """Makes tiny-steps: data/steps_{base,train,validation,test}.jsonl and data/steps_model/ (a config and a tokenizer, no weights). Worked sums in a few
 lines, each of which a program can check, and where one slip spoils the end.
 
-A prompt tells what somebody has, and three times that it becomes more or less; the answer works it out, a sum a line, in one of many right wordings. All
+A prompt tells what somebody has, and four times that it becomes more or less; the answer works it out, a sum a line, in one of many right wordings. All
 numbers have two digits. `verifier` lists the sums and the end that an answer must hold, so it passes if each step is right and follows from the one
 before. All rows are clean, and no problem occurs twice, in one file or in two.
 
@@ -25,11 +25,11 @@ from make_tiny import CONFIG, write_model
 NAMES = "Mia Lucy Nora Zoe Clara Tina Julia Sara Ben Tom Leo Paul Noah Felix Hugo Peter".split()
 THINGS = "beads shells coins stamps cards nuts apples stones pens cups".split()
 VERBS = {"+": "finds buys wins gets makes".split(), "-": "loses sells drops breaks eats".split()}
-STEPS = 3
+STEPS = 4
 FIRST, LATER = ("First", "Now"), ("Then", "Next")
 LINES = ["{when} {sum}.", "{verb} {b}: {sum}.", "Count {sum} {thing}."]
 ENDS = ["So {name} has {end} {thing}.", "{name} keeps {end} {thing}.", "The end: {end} {thing}.", "Answer: {end} {thing}."]
-SIZES = {"base": 1100, "train": 256, "validation": 200, "test": 240}
+SIZES = {"base": 950, "train": 256, "validation": 200, "test": 240}
 SMALL = CONFIG | {"vocab_size": 432, "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 

@@ -91,12 +91,12 @@ GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 FIRST = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}     # tried at once; then outward while the best is the last
 TRIED = 5                                        # rates of a variant at most
 ROWS = {"data": "train", "eval_data": "test", "sft_data": "base"}
-WORLD = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "64", "--generate-rows", "240",
+WORLD = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "96", "--generate-rows", "240",
          *(word for flag, split in ROWS.items()
            for word in ("--" + flag.replace("_", "-"), str(ROOT / f"data/steps_{split}.jsonl")))]
-SFT_FLAGS = "--sft-steps {} --sft-lr 3e-3 --sft-batch-size 32"       # of the base
+SFT_FLAGS = "--sft-steps {} --sft-lr 3e-3 --sft-batch-size 16"       # of the base
 CONSTANT = "--lr-scheduler constant --warmup 12".split()             # so that each point of a run is a result
-STEPS, TOKENS, SFT_STEPS = 96, 180_000, 640
+STEPS, TOKENS, SFT_STEPS = 96, 220_000, 1000
 BINS = 16                                        # of a run's steps, for the curves of its pairs
 PAIRS = {       # what is looked at in fresh pairs: head of the table
     "passes": "y- passes", "false": "a false sum in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
@@ -387,6 +387,10 @@ class Results:
     def shares(self, variant, mark):
         return [share(point) for point in self.points(variant, mark)]
 
+    def gains(self, variant, mark):
+        """Over the base, seed by seed."""
+        return self.differences(variant, "base", mark)
+
     def differences(self, ours, theirs, mark):
         return [a - b for a, b in zip(self.shares(ours, mark), self.shares(theirs, mark))]
 
@@ -424,9 +428,9 @@ def steps_table(r):
         moved = [cell([point[key] for point in points], 1) for key in ("chosen", "rejected")]
         cost = [f"{statistics.mean(point[key] for point in points) / 1e3:.0f}k" for key in ("generated", "trained")]
         time = [f"{statistics.mean(p.get('seconds', 0) for p in points):.0f}", max(run["memory"] or 0 for run in runs)]
-        rows.append([variant, r.rates[variant] or "-", cell(r.shares(variant, "steps 1"), 3), *few, *moved,
+        rows.append([variant, r.rates[variant] or "-", cell(r.shares(variant, "steps 1"), 3), cell(r.gains(variant, "steps 1"), 3, "+"), *few, *moved,
                      *(["-"] * 4 if variant in BASES else [*cost, *time])])
-    return markdown(["variant", "lr", "greedy", "sampled", "right sums", "log p(y+)", "log p(y-)",
+    return markdown(["variant", "lr", "greedy", "over the base", "sampled", "right sums", "log p(y+)", "log p(y-)",
                      "generated", "trained on", "seconds", "MiB"], rows)
 
 
@@ -434,8 +438,8 @@ def tokens_table(r):
     rows = []
     for variant in r.trained:
         steps = statistics.mean(point["steps"] for point in r.points(variant, "tokens 1"))
-        rows.append([variant, f"{steps:.0f}", *(cell(r.shares(variant, f"tokens {part}"), 3) for part in ("0.5", "1"))])
-    return markdown(["variant", "steps", "greedy at half of the tokens", "at all"], rows)
+        rows.append([variant, f"{steps:.0f}", *(cell(r.gains(variant, f"tokens {part}"), 3, "+") for part in ("0.5", "1"))])
+    return markdown(["variant", "steps", "over the base at half of the tokens", "at all"], rows)
 
 
 def claims(r, mark):
@@ -505,31 +509,33 @@ def draw(found, folder):
 
 
 def draw_shares(r, figure):
-    """Greedy share of each variant, at equal steps and at equal tokens."""
-    axis = figure.subplots()
-    for mark, label, place, look in (("steps 1", "equal steps", -0.14, dict(fmt="o", color="#0072b2")),
+    """What each variant gains over its base, at equal steps and at equal tokens."""
+    axis, shown = figure.subplots(), [variant for variant in r.runs if variant != "base"]
+    for mark, label, shift, look in (("steps 1", "equal steps", -0.14, dict(fmt="o", color="#0072b2")),
                                      ("tokens 1", "equal tokens", 0.14, dict(fmt="s", color="#d55e00"))):
-        cells = [interval(r.shares(variant, mark)) for variant in r.runs]
+        cells = [interval(r.gains(variant, mark)) for variant in shown]
         means, halves = np.nan_to_num(np.array(cells)).T
-        axis.errorbar(means, np.arange(len(cells)) + place, xerr=halves, markersize=4.5, label=label, **look)
-    axis.axvline(cells[0][0], color="grey", linewidth=0.8, linestyle=":")
-    axis.set_yticks(range(len(r.runs)), r.runs)
-    axis.set_ylim(len(r.runs) - 0.5, -0.5)
-    axis.set_xlabel("share of test prompts answered right, greedy")
+        axis.errorbar(means, np.arange(len(cells)) + shift, xerr=halves, markersize=4.5, label=label, **look)
+        for place, variant in enumerate(shown):
+            gains = r.gains(variant, mark)
+            axis.plot(gains, [place + shift] * len(gains), ".", color=look["color"], markersize=3, alpha=0.35)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), shown)
+    axis.set_ylim(len(shown) - 0.5, -0.5)
+    axis.set_xlabel("share of test prompts answered right, over the base (points: seeds)")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
 
 
 def draw_compute(r, figure):
-    """Greedy share over the tokens generated and trained on."""
+    """What is gained over the base, over the tokens generated and trained on."""
     axis = figure.subplots()
-    start = interval(r.shares("base", "start"))[0]
     for i, variant in enumerate(v for v in COMPUTED if v in r.runs):
-        marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.shares(variant, mark)))
+        marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.gains(variant, mark)))
                        for mark in ("tokens 0.5", "tokens 1", "steps 1"))
-        x, y, half = np.array([(0, start, 0), *marks]).T
+        x, y, half = np.array([(0, 0, 0), *marks]).T
         axis.errorbar(x / 1e3, y, np.nan_to_num(half), marker="os^vDP*"[i], markersize=4, capsize=2, linewidth=1.2, label=variant)
     axis.set_xlabel("thousand tokens generated and trained on")
-    axis.set_ylabel("share answered right, greedy")
+    axis.set_ylabel("share answered right, greedy, over the base")
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -546,7 +552,7 @@ def draw_pairs(r, figure):
                  for key in ("chosen", "rejected")}
         axes[1, 2].barh([2 * i, 2 * i + 0.8], [moved["chosen"], moved["rejected"]], 0.8, color=f"C{i}", alpha=0.9)
         axes[1, 2].barh([2 * i + 0.8], [moved["rejected"]], 0.8, color="white", alpha=0.5)
-    axes[1, 2].set_title("change of held-out log p: y+, and (pale) y-")
+    axes[1, 2].set_title("change of log p: y+, pale: y-")
     axes[1, 2].set_yticks([])
     axes[1, 2].invert_yaxis()
     for axis in axes.flat[:5]:
