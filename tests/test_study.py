@@ -101,7 +101,7 @@ def test_the_documents_have_the_table_of_variants():
 
 def test_the_tables_are_those_of_the_numbers_beside_them():
     found = study.read(ROOT / "docs/figures/study.jsonl")
-    assert (ROOT / "docs/figures/study.md").read_text("utf-8") == study.page(study.report(found))
+    assert (ROOT / "docs/figures/study.md").read_text("utf-8") == study.page(study.report(study.Results(found)))
     assert {row["flags"] for row in found.values()} <= {flags for flags, _ in study.RELATIVES.values()}
 
 
@@ -273,15 +273,17 @@ def line(variant, lr, seed, validation=0.5, right=5):
 
 
 def test_the_bases_come_first_then_the_rates_and_then_the_seeds(monkeypatch):
-    seeds, found = [1, 2], {}
-    assert study.todo(found, ["SAPO-DPO"], seeds) == [("base", None, 1), ("base", None, 2)]
-    found |= dict(line("base", None, seed) for seed in seeds)
+    seeds, found = [2, 4], {}
+    assert study.todo(found, ["SAPO-DPO"], 2) == [("base", None, 1), ("base", None, 2)]
+    found |= dict(line("base", None, seed, score) for seed, score in ((1, 0.29), (2, 0.3)))
+    assert study.todo(found, ["SAPO-DPO"], 2) == [("base", None, 3)], "the first has not learned"
+    found |= dict(line("base", None, seed, score) for seed, score in ((3, 0.0), (4, 0.5)))
     longer = [(base, None, seed) for base in ("half the SFT", "twice the SFT") for seed in seeds]
-    assert study.todo(found, ["SAPO-DPO"], seeds) == [*(("SAPO-DPO", lr, 1) for lr in (3e-5, 1e-4, 3e-4)), *longer]
-    found |= dict(line("SAPO-DPO", lr, 1, score) for lr, score in ((3e-5, 0.1), (1e-4, 0.6), (3e-4, 0.6)))
+    assert study.todo(found, ["SAPO-DPO"], 2) == [*(("SAPO-DPO", lr, 2) for lr in (3e-5, 1e-4, 3e-4)), *longer]
+    found |= dict(line("SAPO-DPO", lr, 2, score) for lr, score in ((3e-5, 0.1), (1e-4, 0.6), (3e-4, 0.6)))
     monkeypatch.setattr(study, "BASES", {"base": 1})
-    assert study.todo(found, ["SAPO-DPO", "every 4th"], seeds) == [
-        ("SAPO-DPO", 1e-4, 2), ("every 4th", 1e-4, 1), ("every 4th", 1e-4, 2)], "of equals the smallest; no rates of its own"
+    assert study.todo(found, ["SAPO-DPO", "every 4th"], 2) == [
+        ("SAPO-DPO", 1e-4, 4), ("every 4th", 1e-4, 2), ("every 4th", 1e-4, 4)], "of equals the smallest; no rates of its own"
 
 
 def test_the_next_rate_outward_is_tried_while_the_best_is_the_last_and_five_at_most():
@@ -298,7 +300,7 @@ def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown():
     for name, right in (("SAPO-DPO", (7, 8, 8)), ("SPIN", (5, 6, 5)), ("SFT", (5, 5))):
         found |= dict(line(name, lr, seed, 0.6 if lr == study.FIRST["orpo" if name == "SFT" else "dpo"][1] else 0.5, r)
                       for lr in study.FIRST["orpo" if name == "SFT" else "dpo"] for seed, r in enumerate(right, 1))
-    r = study.Results(found)
+    r = study.Results(found, 3)
     assert list(r.runs) == ["base", "SAPO-DPO", "SPIN"] and r.rates["SPIN"] == 1e-4
     (row,) = study.claims(r, "steps 1")
     assert row[:4] == ["SAPO over SPIN", "SAPO-DPO - SPIN", "+0.233 ± 0.143", "7, 0"]
@@ -311,17 +313,17 @@ def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_pat
     monkeypatch.setattr(study, "run", lambda job: line(*made[-1])[1])
     monkeypatch.setattr(study, "BASES", {"base": 1})
     monkeypatch.setattr(study, "job_of", lambda args, key: made.append(key))
-    args = SimpleNamespace(out=tmp_path, minutes=None)
-    study.go(args, ["SFT"], [1, 2], path)
+    args = SimpleNamespace(out=tmp_path, minutes=None, seeds=2, learned=0.3)
+    study.go(args, ["SFT"], path)
     rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     assert sorted(made, key=str) == sorted([("base", None, 2), *(("SFT", lr, 1) for lr in rates), ("SFT", 3e-5, 2)], key=str)
     assert len(study.read(path)) == 1 + len(made) == len(path.read_text("utf-8").splitlines()) - 1
 
     path.unlink()
     with study.held(tmp_path, ("base", None, 1)):
-        args.minutes = 0.01
+        args.minutes, args.seeds = 0.01, 1
         assert study.held(tmp_path, ("base", None, 1)) is None
-        study.go(args, ["SFT"], [1], path)
+        study.go(args, ["SFT"], path)
     assert not path.exists() and study.held(tmp_path, ("base", None, 1)) is not None
 
 

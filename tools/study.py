@@ -13,6 +13,7 @@ pictures are written from these lines alone. Left out: memory by stage (tools/be
 
 import argparse
 import difflib
+import itertools
 import json
 import math
 import os
@@ -97,6 +98,7 @@ WORLD = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64",
 SFT_FLAGS = "--sft-steps {} --sft-lr 3e-3 --sft-batch-size 16"       # of the base
 CONSTANT = "--lr-scheduler constant --warmup 12".split()             # so that each point of a run is a result
 STEPS, TOKENS, SFT_STEPS = 96, 220_000, 1000
+LEARNED = 0.3                                    # a base below this on validation prompts has learned no sums
 BINS = 16                                        # of a run's steps, for the curves of its pairs
 PAIRS = {       # what is looked at in fresh pairs: head of the table
     "passes": "y- passes", "false": "a false sum in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
@@ -248,10 +250,24 @@ def chosen_rate(variant, found, seeds):
         rates = sorted([*rates, GRID[place]])
 
 
-def todo(found, variants, seeds):
-    """The runs that can be started now, the most important first."""
-    runs = [("base", None, seed) for seed in seeds]
-    if any(key not in found for key in runs):
+def learned(found, n, least=LEARNED):
+    """(the first n seeds whose base passes at least this share of validation prompts, the seeds to try next)."""
+    seeds = []
+    for seed in itertools.count(1):
+        row = found.get(("base", None, seed))
+        if row is None:
+            return seeds, list(range(seed, seed + n - len(seeds)))
+        if at(row, "start")["validation"] >= least:
+            seeds.append(seed)
+        if len(seeds) == n:
+            return seeds, []
+
+
+def todo(found, variants, n, least=LEARNED):
+    """The runs that can be started now, the most important first: n seeds of each variant."""
+    seeds, more = learned(found, n, least)
+    runs = [("base", None, seed) for seed in more]
+    if runs:
         return [key for key in runs if key not in found]
     for variant in variants:
         lr, missing = chosen_rate(variant, found, seeds)
@@ -274,13 +290,13 @@ def held(folder, key):
     return file
 
 
-def go(args, variants, seeds, path):
+def go(args, variants, path):
     """All runs that no other process is at, one after another, until there are none or the time is over. Each appends
     its line as it ends."""
     end = time.monotonic() + 60 * (args.minutes or math.inf)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     while time.monotonic() < end:
-        left = todo(read(path), variants, seeds)
+        left = todo(read(path), variants, args.seeds, args.learned)
         if not left:
             return
         for key in left:
@@ -370,9 +386,9 @@ def verdict(mean, p):
 class Results:
     """What study.jsonl holds, as the tables need it: the finished runs of each variant at its chosen rate."""
 
-    def __init__(self, found):
+    def __init__(self, found, n=5, least=LEARNED):
         self.found = found
-        self.seeds = sorted({seed for variant, _, seed in found if variant == "base"})
+        self.seeds, _ = learned(found, n, least)
         self.runs, self.rates = {}, {}
         for variant in [*BASES, *RELATIVES]:
             lr = None if variant in BASES else chosen_rate(variant, found, self.seeds)[0]
@@ -401,13 +417,12 @@ class Results:
         return pairs.count(("1", "0")), pairs.count(("0", "1"))
 
 
-def report(found):
+def report(r):
     """The tables as Markdown."""
-    r = Results(found)
     n = len(r.seeds)
     lines = [f"Share of {len(r.points('base', '')[0]['passed'])} test prompts whose greedy answer passes the verifier, mean "
-             f"± 95 % t-interval over {n} seeds.\n", "At equal steps:\n", steps_table(r), "\nAt equal tokens, generated and "
-             "trained on together:\n", tokens_table(r)]
+             f"± 95 % t-interval over {n} seeds: {', '.join(map(str, r.seeds))}.{unlearned(r)}\n", "At equal steps:\n",
+             steps_table(r), "\nAt equal tokens, generated and trained on together:\n", tokens_table(r)]
     for mark, name in (("steps 1", "equal steps"), ("tokens 1", "equal tokens")):
         rows = claims(r, mark)
         if rows and n > 1:
@@ -418,6 +433,13 @@ def report(found):
               markdown(["variant", *PAIRS.values()], [[v, *ends(runs)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
               "\nLearning rates tried: greedy share on validation rows, first seed:\n", tuning_table(r)]
     return "\n".join(lines)
+
+
+def unlearned(r):
+    """What is said of the bases that were passed over."""
+    tried = [key[2] for key in r.found if key[0] == "base" and key[2] < max(r.seeds) and key[2] not in r.seeds]
+    scores = [f"{share(at(r.found['base', None, seed], 'start')):.3f} (seed {seed})" for seed in sorted(tried)]
+    return f" Bases that had not learned: {', '.join(scores)}." if scores else ""
 
 
 def steps_table(r):
@@ -492,14 +514,13 @@ COMPUTED = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-polic
 IN_PAIRS = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")
 
 
-def draw(found, folder):
+def draw(r, folder):
     """study.png, compute.png, pairs.png."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
                          "axes.grid": True, "grid.alpha": 0.25})
-    r = Results(found)
     for name, drawing, size in (("study", draw_shares, (8, 0.34 * len(r.runs) + 1.2)), ("compute", draw_compute, (7, 4)),
                                 ("pairs", draw_pairs, (9, 5.4))):
         figure = plt.figure(figsize=size, layout="constrained")
@@ -573,7 +594,9 @@ def main(argv=None):
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, help="begin no run after so long")
     parser.add_argument("--variants", default=",".join(STUDIED), help="these, comma-separated, in this order")
-    parser.add_argument("--seeds", type=int, default=5, help="1 to 10")
+    parser.add_argument("--seeds", type=int, default=5, help="of each variant, 1 to 10")
+    parser.add_argument("--learned", type=float, default=LEARNED, help="share of validation prompts that a seed's base must "
+                        "pass, or the next seed is taken")
     parser.add_argument("--steps", type=int, default=STEPS, help="where runs are compared at equal steps")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="where they are compared at equal tokens")
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help="steps of SFT that make the base")
@@ -585,7 +608,7 @@ def main(argv=None):
         return 0
     if args.quick:
         args.out, args.variants, args.seeds, args.rows = "runs/study-quick", "SAPO-DPO,SFT", 2, 64
-        args.steps, args.tokens, args.sft_steps = 8, 10_000, 100
+        args.steps, args.tokens, args.sft_steps, args.learned = 8, 10_000, 100, 0.0
     variants = args.variants.split(",")
     if not set(variants) <= set(RELATIVES):
         parser.error(f"--variants: choose from {', '.join(RELATIVES)}")
@@ -595,15 +618,15 @@ def main(argv=None):
     figures.mkdir(parents=True, exist_ok=True)
     path = figures / "study.jsonl"
     if args.worker:
-        go(args, variants, list(range(1, args.seeds + 1)), path)
+        go(args, variants, path)
         return 0
     code = 0 if args.report else side_by_side(sys.argv[1:] if argv is None else argv, args.jobs)
     if code:
         return code
-    found = read(path)
-    tables = report(found)
+    results = Results(read(path), args.seeds, args.learned)
+    tables = report(results)
     (figures / "study.md").write_text(page(tables), "utf-8")
-    draw(found, figures)
+    draw(results, figures)
     print(f"\n{tables}\n\nstudy.md, study.jsonl and the pictures are in {figures}")
     return 0
 
