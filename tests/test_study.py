@@ -275,7 +275,7 @@ def line(variant, lr, seed, validation=0.5, right=5):
 def test_the_bases_come_first_then_the_rates_and_then_the_seeds(monkeypatch):
     seeds, found = [2, 4], {}
     assert study.todo(found, ["SAPO-DPO"], 2) == [("base", None, 1), ("base", None, 2)]
-    found |= dict(line("base", None, seed, score) for seed, score in ((1, 0.29), (2, 0.3)))
+    found |= dict(line("base", None, seed, score) for seed, score in ((1, 0.09), (2, 0.1)))
     assert study.todo(found, ["SAPO-DPO"], 2) == [("base", None, 3)], "the first has not learned"
     found |= dict(line("base", None, seed, score) for seed, score in ((3, 0.0), (4, 0.5)))
     longer = [(base, None, seed) for base in ("half the SFT", "twice the SFT") for seed in seeds]
@@ -313,7 +313,7 @@ def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_pat
     monkeypatch.setattr(study, "run", lambda job: line(*made[-1])[1])
     monkeypatch.setattr(study, "BASES", {"base": 1})
     monkeypatch.setattr(study, "job_of", lambda args, key: made.append(key))
-    args = SimpleNamespace(out=tmp_path, minutes=None, seeds=2, learned=0.3)
+    args = SimpleNamespace(out=tmp_path, minutes=None, seeds=2, learned=0.1)
     study.go(args, ["SFT"], path)
     rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     assert sorted(made, key=str) == sorted([("base", None, 2), *(("SFT", lr, 1) for lr in rates), ("SFT", 3e-5, 2)], key=str)

@@ -98,7 +98,7 @@ WORLD = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64",
 SFT_FLAGS = "--sft-steps {} --sft-lr 3e-3 --sft-batch-size 16"       # of the base
 CONSTANT = "--lr-scheduler constant --warmup 12".split()             # so that each point of a run is a result
 STEPS, TOKENS, SFT_STEPS = 96, 220_000, 1000
-LEARNED = 0.3                                    # a base below this on validation prompts has learned no sums
+LEARNED = 0.1                                    # a base below this on validation prompts has learned no sums
 BINS = 16                                        # of a run's steps, for the curves of its pairs
 PAIRS = {       # what is looked at in fresh pairs: head of the table
     "passes": "y- passes", "false": "a false sum in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
