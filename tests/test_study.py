@@ -295,7 +295,7 @@ def test_the_next_rate_outward_is_tried_while_the_best_is_the_last_and_five_at_m
     assert study.chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.5)]), [1]) == (3e-5, []), "five"
 
 
-def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown():
+def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown(monkeypatch):
     found = dict(line("base", None, seed) for seed in (1, 2, 3))
     for name, right in (("SAPO-DPO", (7, 8, 8)), ("SPIN", (5, 6, 5)), ("SFT", (5, 5))):
         found |= dict(line(name, lr, seed, 0.6 if lr == study.FIRST["orpo" if name == "SFT" else "dpo"][1] else 0.5, r)
@@ -304,7 +304,9 @@ def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown():
     assert list(r.runs) == ["base", "SAPO-DPO", "SPIN"] and r.rates["SPIN"] == 1e-4
     (row,) = study.claims(r, "steps 1")
     assert row[:4] == ["SAPO over SPIN", "SAPO-DPO - SPIN", "+0.233 ± 0.143", "7, 0"]
-    assert row[4:] == ["0.020", "0.020", "holds"]
+    assert row[4:] == ["0.020", "0.158", "cannot be told"], "eight claims, though seven have no runs yet"
+    monkeypatch.setattr(study, "CLAIMS", {"SAPO over SPIN": ("SAPO-DPO", "SPIN")})
+    assert study.claims(r, "steps 1")[0][4:] == ["0.020", "0.020", "holds"]
 
 
 def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_path, monkeypatch):
