@@ -132,8 +132,10 @@ class Bench:
         config = json.loads((folder / "base/config.json").read_text())
         (folder / "base/config.json").write_text(json.dumps(config | SMALL))
         for name, n in (("train", 26), ("base", 22), ("test", 6)):
-            rows = (ROOT / f"data/tiny_{name}.jsonl").read_text("utf-8").splitlines()[:n]
-            (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n", "utf-8")
+            rows = [json.loads(row) for row in (ROOT / f"data/tiny_{name}.jsonl").read_text("utf-8").splitlines()[:n]]
+            for row in rows if name == "train" else ():      # what few screens can show
+                row["prompt"] += " \U0001f600 \u2026 \u6f22\u5b57"
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         self.world = ["--model", folder / "base", "--data", folder / "train.jsonl", "--sft-data", folder / "base.jsonl", "--eval-data", folder / "test.jsonl", *FIXED]
 
     def place(self):
@@ -293,10 +295,6 @@ def screen(kind):
 
 def encodings(bench, number, rng):
     kind = SCREENS[number % len(SCREENS)]
-    data = bench.folder / "train.jsonl"
-    if "\U0001f600" not in data.read_text("utf-8"):
-        rows = [json.loads(line) for line in data.read_text("utf-8").splitlines()]
-        data.write_text("".join(json.dumps(row | {"prompt": row["prompt"] + " \U0001f600 \u2026 \u6f22\u5b57"}, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     flags, out = tuple(bench.flags(random.Random(number % 3))), bench.place()
     code, printed = bench.start(out, flags, functools.partial(screen, kind)).end()
     found = differences(bench.whole(flags)[0], out) if code == 0 and "Traceback" not in printed else [f"exit code {code}: {printed[-1500:]}"]
