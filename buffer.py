@@ -24,8 +24,8 @@ class Pair:
     """One triple (x, y+, y-) in token ids.
 
     A = chosen[:start], B = chosen[start:stop], B' = rejected[start:rejected_stop]. C, which is
-    chosen[stop:], stands in y- too unless B' ended the answer. A pair that comes from the data
-    (offline DPO, evaluation) has start = stop = rejected_stop = 0.
+    chosen[stop:], stands in y- too unless B' ended the answer. A pair whose y- comes
+    from the data (offline DPO) has start = stop = rejected_stop = 0.
     """
     prompt: list            # x
     chosen: list            # y+ = A + B + C

@@ -166,8 +166,8 @@ def by_side(values, batch):
 
 
 def score(model, batch):
-    """Summed log-probs (chosen, rejected), each (n,), of the tokens that a Batch scores. Policy,
-    reference and evaluation all come through here."""
+    """Summed log-probs (chosen, rejected), each (n,), of the tokens that a Batch scores: how the
+    reference and an evaluation see a pair. The policy's sums are the same (preference_loss)."""
     return by_side(batch_logps(model, batch) * batch.scored, batch)
 
 

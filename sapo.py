@@ -23,7 +23,7 @@
     buffer           State.buffer                               ReplayBuffer of Pairs
 
 y+ and y- begin with the same x + A, and a batch is one stream of tokens in which that stands once
-for both (buffer.Batch). So every token goes through the model once, and no padding does.
+for both (buffer.Batch). No padding goes through the model's matrices; attention alone has rows.
 
 Left out: files, flags, printing, processes and the learning rate's schedule. With what this file
 defines, `random`, and load_pretrained of machine/folders.py, a run in a notebook is five lines:
@@ -63,7 +63,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     state.clock.start()
 
     # Sampling: the EMA model rewrites a segment of each chosen response. It stands still until its
-    # next update, so the pairs of all steps until then are made at once, and wait in `ahead`.
+    # next update, so the pairs of the steps until then are made at once, and wait in `ahead`.
     fresh_pairs = 0 if state.step % cfg.generate_every else n
     if fresh_pairs and not state.ahead and cfg.rejected == "data":
         state.ahead.extend(map(pair_of_data, draw(n)))                     # an offline baseline

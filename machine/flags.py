@@ -43,7 +43,7 @@ class Config(SAPOConfig):
     max_prompt_length: int | None = setting(
         None, "tokens; a longer prompt loses its left end, BOS kept; without it 7/8 of --max-length, "
         "the paper's 1792 of 2048", "paper", low=1)
-    steps: int | None = setting(None, "optimizer steps; 0: only evaluate; without it, see --epochs", low=0)
+    steps: int | None = setting(None, "optimizer steps; 0: evaluate alone; without it, see --epochs", low=0)
     epochs: float = setting(4.0, "passes over the data", "paper", low=1e-9, high=1e6)
     lr: float = setting(5e-7, "peak learning rate", "authors' code", low=0)
     lr_scheduler: str = setting("linear", "decay after the warm-up", "authors' code", choices=SCHEDULES)
@@ -55,7 +55,7 @@ class Config(SAPOConfig):
     sft_steps: int = setting(0, "steps of SFT on chosen responses before SAPO", low=0)
     sft_lr: float = setting(2e-5, "peak learning rate of SFT", low=0)
     sft_batch_size: int = setting(64, "rows an SFT step, over all processes", low=1)
-    out: str = setting("", "run folder; runs/<preset>-<time> without it")
+    out: str = setting("", "run folder; without it runs/<preset>-<time>-<six digits>")
     overwrite: bool = setting(False, "replace the run folder if it exists")
     save_dtype: str = setting(
         "float32", "of model/ and ema/: float32 is what was trained, bfloat16 takes most changes of a small "
