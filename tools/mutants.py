@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant("the first token is predicted by a prompt's first, not its last", "model.py",
            "ends = lengths[:, 0].cumsum(0) - 1",
            "ends = lengths[:, 0].cumsum(0) - lengths[:, 0]",
-           MODEL + "many_rows_are_written_as_one_row_at_a_time"),
+           MODEL + "a_batch_is_written_as_a_loop_without_a_cache_writes_it"),
     Mutant("top-p leaves out the token that reaches it", "model.py",
            "probs * (probs.cumsum(-1) - probs < top_p)",
            "probs * (probs.cumsum(-1) < top_p)",
