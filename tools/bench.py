@@ -6,8 +6,8 @@
 
     generate   `generate` against transformers' (sampling, KV cache on), and against transformers without a cache, which
                is the authors' way
-    train      one optimizer step on the same pairs: with the prefix shared, with both texts in full, and by TRL's
-               own trainer; seconds and memory
+    train      one optimizer step on the same pairs: with the prefix shared, with both texts in full, by a revision
+               --against, and by TRL's own trainer; seconds, memory, share of the matmul peak, page faults
     step       the whole of Algorithm 1, a step, against transformers' generate and TRL's step
     padding    pairs of unequal lengths (Capybara's, and those of --data): how many of the tokens that go through the
                matrices are real, beside two padded layouts; then a step, with the revision --against beside it, and TRL
@@ -402,26 +402,61 @@ def peers_missing(section):
 
 
 def training(args, report):
-    names = ["ours", "in full"] + ["TRL"] * (not peers_missing("train"))
+    """share: of the float32 matmul peak, measured first, what the matmuls of the method come to; faults: of pages, a
+    step."""
+    names = ["ours", "in full", *([args.against] if args.against else []), *([] if peers_missing("train") else ["TRL"])]
+    peak = matmul_peak(256 if args.quick else 2048, torch.float32, "cpu")
     for shape, (lengths, vocab, n) in SHAPES.items():
         size, vocab, lengths = toy(args, "trained"), toy(args, vocab), shrink(args, lengths)
         pairs = make_pairs(n, lengths, vocab)
         for loss in ("dpo", "orpo"):
-            losses, variants = {name: [] for name in names}, {}
+            losses, faults, variants = {name: [] for name in names}, {name: [] for name in names}, {}
             for name in names:
-                step, _ = train_variant(name, size, vocab, train_config(loss, n))
-                variants[name] = lambda name=name, step=step: losses[name].append(step(pairs))
+                step, policy = train_variant(name, size, vocab, train_config(loss, n))
+                variants[name] = lambda name=name, step=step: losses[name].append(counting(faults[name], step, pairs))
+            asked = asked_flops(build(size, vocab=vocab), collate(pairs, **scored_tokens(train_config(loss, n))), loss)
             seconds = rounds(variants, args.repeats, "cpu")
-            del variants, step
+            del variants, step, policy
             peaks = {name: in_a_child(name, loss, size, vocab, n, lengths) for name in names}
             cells = {}
             for name in names:
                 mebibytes = f"{peaks[name] / MiB:.0f}" if peaks[name] else "-"
                 cells |= {name: spread(seconds[name]), f"{name} MiB": mebibytes}
+                cells |= {f"{name} share": f"{asked / statistics.median(seconds[name]) / peak:.0%}"}
+                cells |= {f"{name} faults": f"{statistics.median(faults[name][1:]):.0f}" if faults[name] else "-"}
             cells |= {f"faster than {name}": times_faster(seconds, "ours", name) for name in names[1:]}
             report.row("one training step, CPU: seconds, and peak memory above weights and moments",
-                       {"seconds": seconds, "bytes": peaks, "losses": losses}, shape=shape,
+                       {"seconds": seconds, "bytes": peaks, "losses": losses, "faults": faults, "peak": peak}, shape=shape,
                        loss=f"{loss} {losses['ours'][0]:.4f}", pairs=n, **cells, **{"loss apart": apart(losses)})
+
+
+def matmul_peak(side, dtype, device):
+    """FLOP a second of a large square product: the best of 10."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min(rounds({"": lambda: a @ b}, 10, device)[""])
+
+
+def asked_flops(model, batch, loss):
+    """FLOP of the matmuls that a step of the method comes to, nothing recomputed: 2 a parameter and token, the head at
+    labelled tokens only, attention's causal half; twice as many in the backward pass, as many again in DPO's reference."""
+    c, head = model.config, model.lm_head.weight.numel()
+    blocks = sum(p.numel() for p in model.parameters()) - head * (1 if c.tie_word_embeddings else 2)
+    lengths = (batch.rows >= 0).sum(1)
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * int((lengths * (lengths + 1)).sum())
+    labelled = int((batch.labels != IGNORE).sum())
+    return (4 if loss == "dpo" else 3) * 2 * (blocks * len(batch.ids) + head * labelled + attention)
+
+
+def counting(faults, step, pairs):
+    """A step's loss; the page faults it took are added to a list (none where they are not told)."""
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return step(pairs)
+    before = getrusage(RUSAGE_SELF).ru_minflt
+    loss = step(pairs)
+    faults.append(getrusage(RUSAGE_SELF).ru_minflt - before)
+    return loss
 
 
 def apart(losses):
@@ -653,10 +688,9 @@ def gpu_rates(args, report):
     best of 10."""
     n, side = (2**20, 256) if args.quick else (2**31, 8192)
     source = torch.zeros(n, dtype=torch.uint8, device=args.device)
-    a = torch.randn(side, side, device=args.device).bfloat16()
-    target, b = torch.empty_like(source), torch.randn_like(a)
-    seconds = rounds({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 10, args.device)
-    bandwidth, flops = 2 * n / min(seconds["copy"]), 2 * side**3 / min(seconds["matmul"])
+    target = torch.empty_like(source)
+    bandwidth = 2 * n / min(rounds({"": lambda: target.copy_(source)}, 10, args.device)[""])
+    flops = matmul_peak(side, torch.bfloat16, args.device)
     report.row("GPU: rates measured in this run", None, copy=f"{bandwidth / 1e12:.2f} TB/s",
                matmul_bf16=f"{flops / 1e12:.0f} TFLOP/s")
     return bandwidth, flops
@@ -700,8 +734,7 @@ def gpu_training(args, report, size, peak):
     """Rows of 2048 tokens: a prefix of 1024, two continuations of 512. MFU counts 6 FLOP for each parameter and token
     of a row.
 
-    asked: what the matmuls of the method come to (the head on labelled tokens only; the reference too; nothing
-    recomputed).
+    asked: what asked_flops says.
     """
     autocast = functools.partial(torch.autocast, args.device, torch.bfloat16)
     n, vocab = {"smollm2": 8}.get(size, 4), toy(args, SIZES[size][5])
@@ -717,9 +750,7 @@ def gpu_training(args, report, size, peak):
             seconds = rounds(variants, args.repeats, args.device)
             memory, policy = memory_of(variants["ours"], args.device), made["ours"][1]
             batch = collate(pairs, **scored_tokens(cfg))
-            tokens, labelled = len(batch.ids), int((batch.labels != IGNORE).sum())
-            N, head = sum(p.numel() for p in policy.parameters()), policy.lm_head.weight.numel()
-            asked = (8 if loss == "dpo" else 6) * ((N - head) * tokens + head * labelled)
+            tokens, N, asked = len(batch.ids), sum(p.numel() for p in policy.parameters()), asked_flops(policy, batch, loss)
             middle = statistics.median(seconds["ours"])
             report.row("GPU: training, bf16 autocast on float32 weights",
                        {"seconds": seconds, "bytes": memory, "losses": losses, "tokens": tokens}, size=size, loss=loss,
@@ -790,7 +821,7 @@ def main():
     parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct for the size smollm2; without it, random "
                         "weights")
     parser.add_argument("--data", help="padding: count the tokens of this file of messages too")
-    parser.add_argument("--against", metavar="REVISION", help="padding: time a revision of git too")
+    parser.add_argument("--against", metavar="REVISION", help="train, padding: time a revision of git too")
     parser.add_argument("--json", help="write everything there, raw seconds too")
     parser.add_argument("--figure", help="growth: draw it there (png)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to try the script")

@@ -91,7 +91,7 @@ def answers(model, data, text, tokens):
     return ids
 
 
-def measure(folder, args, own):
+def measured(folder, args, own):
     """({metric: value}, answers as text, own); own: the starting model's answers in ids, or None while that is what is
     measured."""
     model = load_pretrained(folder)
@@ -140,7 +140,7 @@ def main(argv=None):
     rows, texts, own = {}, {}, None
     for variant in ("start", *variants):
         folder = args.model if variant == "start" else folder_of(variant, out) / "model"
-        rows[variant], texts[variant], own = measure(folder, args, own)
+        rows[variant], texts[variant], own = measured(folder, args, own)
     print(measure.markdown(["variant", "flags", *rows["start"], "seconds"],
                          [[variant, f"`{own_flags(variant, paired)}`" if variant in VARIANTS else "", *row.values(),
                            seconds.get(variant, "")] for variant, row in rows.items()]))
