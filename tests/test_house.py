@@ -122,6 +122,15 @@ def test_the_method_reaches_nothing_of_the_machine(file):
     assert not [name for name in names if name.startswith("torch.distributed")]
 
 
+@pytest.mark.parametrize("file", sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob("*.py") if "runs" not in p.parts))
+def test_no_definition_takes_the_name_of_an_import(file):
+    tree = ast.parse(read(file))
+    made = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    taken = {(alias.asname or alias.name).split(".")[0] for node in tree.body
+             if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert not made & taken
+
+
 def test_no_room_is_forgotten():
     here = {p.name for p in ROOT.glob("*.py")} | {f"machine/{p.name}" for p in (ROOT / "machine").glob("*.py")}
     assert here - {"machine/__init__.py"} == set(ROOMS)

@@ -85,9 +85,10 @@ def test_the_preset_is_what_the_documents_say_of_it():
     assert (plain.buffer_size, plain.batch_size) == (16 * study.BATCH, study.BATCH)
 
 
-def test_a_claim_is_about_variants_that_are_studied():
-    assert {name for pair in study.CLAIMS.values() for name in pair} <= set(study.STUDIED) <= set(study.RELATIVES)
-    assert {*study.AS, *study.AS.values(), *study.COMPUTED, *study.IN_PAIRS} <= set(study.STUDIED)
+@pytest.mark.parametrize("plan", [study.Study(), real.Arithmetic(), real.Constraints()], ids=lambda plan: plan.name)
+def test_a_claim_is_about_variants_that_are_studied(plan):
+    assert {name for pair in plan.claims.values() for name in pair} <= set(plan.studied) <= set(plan.relatives)
+    assert {*plan.alike, *plan.alike.values(), *plan.computed, *plan.in_pairs} <= set(plan.studied)
 
 
 def documents():
@@ -96,12 +97,12 @@ def documents():
 
 
 def test_the_documents_have_the_table_of_variants():
-    assert study.relatives() in documents(), "paste what this prints: python tools/study.py --relatives"
+    assert study.relatives(study.Study()) in documents(), "paste what this prints: python tools/study.py --relatives"
 
 
 def test_the_tables_are_those_of_the_numbers_beside_them():
     found = study.read(ROOT / "docs/figures/study.jsonl")
-    assert (ROOT / "docs/figures/study.md").read_text("utf-8") == study.page(study.report(study.Results(found)))
+    assert (ROOT / "docs/figures/study.md").read_text("utf-8") == study.page(study.report(study.Results(found)), study.Study())
     assert {row["flags"] for row in found.values()} <= {flags for flags, _ in study.RELATIVES.values()}
 
 
@@ -230,8 +231,8 @@ def test_diversity_by_hand():
 
 
 def test_the_sums_of_an_answer_are_judged_one_by_one():
-    assert study.sums("Count 59-12=47 pens.\nDrops 22: 47-22=24.\nThen 24+12=36.\nAnswer: 36 pens.") == [True, False, True]
-    assert study.sums("Nothing is counted.") == []
+    assert study.Study().steps_of("Count 59-12=47 pens.\nDrops 22: 47-22=24.\nThen 24+12=36.\nAnswer: 36 pens.") == [True, False, True]
+    assert study.Study().steps_of("Nothing is counted.") == []
 
 
 # ------------------------------------------------------------------------------------------------ the world
@@ -250,9 +251,9 @@ def test_the_world_is_what_its_script_makes(tmp_path, monkeypatch):
 def test_its_rows_are_clean_a_rejected_has_one_slip_and_no_problem_occurs_twice():
     splits = {split: steps_rows(split) for split in ("base", "train", "validation", "test")}
     for row in [row for rows in splits.values() for row in rows]:
-        assert study.sums(row["chosen"]) == [True] * make_steps.STEPS
+        assert study.Study().steps_of(row["chosen"]) == [True] * make_steps.STEPS
     for row in splits["train"]:
-        assert study.sums(row["rejected"]).count(False) == 1 and not passes(row["rejected"], row["verifier"])
+        assert study.Study().steps_of(row["rejected"]).count(False) == 1 and not passes(row["rejected"], row["verifier"])
     for row in splits["test"] + splits["validation"]:
         assert passes(row["chosen"], row["verifier"])
         for a, b in ((s, str(int(s) + 1)) for s in row["verifier"]["must"][0].split("=")[1:]):
@@ -273,59 +274,61 @@ def line(variant, lr, seed, validation=0.5, right=5):
 
 
 def test_the_bases_come_first_then_the_rates_and_then_the_seeds(monkeypatch):
-    seeds, found = [2, 4], {}
-    assert study.todo(found, ["SAPO-DPO"], 2) == [("base", None, 1), ("base", None, 2)]
+    seeds, found, plan = [2, 4], {}, study.Study()
+    plan.seeds = 2
+    assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 1), ("base", None, 2)]
     found |= dict(line("base", None, seed, score) for seed, score in ((1, 0.09), (2, 0.1)))
-    assert study.todo(found, ["SAPO-DPO"], 2) == [("base", None, 3)], "the first has not learned"
+    assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 3)], "the first has not learned"
     found |= dict(line("base", None, seed, score) for seed, score in ((3, 0.0), (4, 0.5)))
     longer = [(base, None, seed) for base in ("half the SFT", "twice the SFT") for seed in seeds]
-    assert study.todo(found, ["SAPO-DPO"], 2) == [*(("SAPO-DPO", lr, 2) for lr in (3e-5, 1e-4, 3e-4)), *longer]
+    assert plan.todo(found, ["SAPO-DPO"]) == [*(("SAPO-DPO", lr, 2) for lr in (3e-5, 1e-4, 3e-4)), *longer]
     found |= dict(line("SAPO-DPO", lr, 2, score) for lr, score in ((3e-5, 0.1), (1e-4, 0.6), (3e-4, 0.6)))
-    monkeypatch.setattr(study, "BASES", {"base": 1})
-    assert study.todo(found, ["SAPO-DPO", "every 4th"], 2) == [
+    plan.bases = {"base": 1}
+    assert plan.todo(found, ["SAPO-DPO", "every 4th"]) == [
         ("SAPO-DPO", 1e-4, 4), ("every 4th", 1e-4, 2), ("every 4th", 1e-4, 4)], "of equals the smallest; no rates of its own"
 
 
 def test_the_next_rate_outward_is_tried_while_the_best_is_the_last_and_five_at_most():
     tried = dict(line("SFT", lr, 1, score) for lr, score in ((3e-4, 0.3), (1e-3, 0.2), (3e-3, 0.1)))
-    assert study.chosen_rate("SFT", tried, [1]) == (None, [("SFT", 1e-4, 1)])
+    assert study.Study().chosen_rate("SFT", tried, [1]) == (None, [("SFT", 1e-4, 1)])
     tried |= [line("SFT", 1e-4, 1, 0.4)]
-    assert study.chosen_rate("SFT", tried, [1]) == (None, [("SFT", 3e-5, 1)])
-    assert study.chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.2)]), [1]) == (1e-4, [])
-    assert study.chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.5)]), [1]) == (3e-5, []), "five"
+    assert study.Study().chosen_rate("SFT", tried, [1]) == (None, [("SFT", 3e-5, 1)])
+    assert study.Study().chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.2)]), [1]) == (1e-4, [])
+    assert study.Study().chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.5)]), [1]) == (3e-5, []), "five"
 
 
 def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown(monkeypatch):
     found = dict(line("base", None, seed) for seed in (1, 2, 3))
     for name, right in (("SAPO-DPO", (7, 8, 8)), ("SPIN", (5, 6, 5)), ("SFT", (5, 5))):
-        found |= dict(line(name, lr, seed, 0.6 if lr == study.FIRST["orpo" if name == "SFT" else "dpo"][1] else 0.5, r)
-                      for lr in study.FIRST["orpo" if name == "SFT" else "dpo"] for seed, r in enumerate(right, 1))
-    r = study.Results(found, 3)
+        found |= dict(line(name, lr, seed, 0.6 if lr == study.Study.first["orpo" if name == "SFT" else "dpo"][1] else 0.5, r)
+                      for lr in study.Study.first["orpo" if name == "SFT" else "dpo"] for seed, r in enumerate(right, 1))
+    plan = study.Study()
+    plan.seeds = 3
+    r = study.Results(found, plan)
     assert list(r.runs) == ["base", "SAPO-DPO", "SPIN"] and r.rates["SPIN"] == 1e-4
     (row,) = study.claims(r, "steps 1")
     assert row[:4] == ["SAPO over SPIN", "SAPO-DPO - SPIN", "+0.233 ± 0.143", "7, 0"]
     assert row[4:] == ["0.020", "0.158", "cannot be told"], "eight claims, though seven have no runs yet"
-    monkeypatch.setattr(study, "CLAIMS", {"SAPO over SPIN": ("SAPO-DPO", "SPIN")})
+    plan.claims = {"SAPO over SPIN": ("SAPO-DPO", "SPIN")}
     assert study.claims(r, "steps 1")[0][4:] == ["0.020", "0.020", "holds"]
 
 
 def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_path, monkeypatch):
-    path, made = tmp_path / "study.jsonl", []
+    path, made, plan = tmp_path / "study.jsonl", [], study.Study()
     path.write_text(json.dumps(line("base", None, 1)[1]) + '\n{"variant": "base", "lr"', "utf-8")
-    monkeypatch.setattr(study, "run", lambda job: line(*made[-1])[1])
-    monkeypatch.setattr(study, "BASES", {"base": 1})
-    monkeypatch.setattr(study, "job_of", lambda args, key: made.append(key))
-    args = SimpleNamespace(out=tmp_path, minutes=None, seeds=2, learned=0.1)
-    study.go(args, ["SFT"], path)
+    monkeypatch.setattr(study, "run", lambda plan, job: line(*made[-1])[1])
+    monkeypatch.setattr(study, "job_of", lambda plan, args, key: made.append(key))
+    args, plan.bases, plan.seeds = SimpleNamespace(out=tmp_path, minutes=None), {"base": 1}, 2
+    study.go(plan, args, ["SFT"], path)
     rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     assert sorted(made, key=str) == sorted([("base", None, 2), *(("SFT", lr, 1) for lr in rates), ("SFT", 3e-5, 2)], key=str)
     assert len(study.read(path)) == 1 + len(made) == len(path.read_text("utf-8").splitlines()) - 1
 
     path.unlink()
     with study.held(tmp_path, ("base", None, 1)):
-        args.minutes, args.seeds = 0.01, 1
+        args.minutes, plan.seeds = 0.01, 1
         assert study.held(tmp_path, ("base", None, 1)) is None
-        study.go(args, ["SFT"], path)
+        study.go(plan, args, ["SFT"], path)
     assert not path.exists() and study.held(tmp_path, ("base", None, 1)) is not None
 
 
@@ -337,7 +340,7 @@ def test_a_quick_study_runs_and_goes_on_without_repeating(tmp_path, monkeypatch)
     first = (tmp_path / "study.jsonl").read_text("utf-8")
     assert {p.name for p in tmp_path.glob("*.*")} == {"study.jsonl", "study.md", "study.png", "compute.png", "pairs.png"}
     found = study.read(tmp_path / "study.jsonl")
-    assert {key[0] for key in found} == {*study.BASES, "SAPO-DPO", "SFT"} and len(found) >= 6 + 2 * (3 + 1)
+    assert {key[0] for key in found} == {*study.Study.bases, "SAPO-DPO", "SFT"} and len(found) >= 6 + 2 * (3 + 1)
     for (variant, lr, seed), row in found.items():
         marks = [mark for point in row["points"] for mark in point["mark"]]
         assert sorted(marks) == (sorted(["steps 1", "tokens 0.5", "tokens 1"]) if lr else ["start"])
@@ -353,25 +356,75 @@ def test_a_quick_study_runs_and_goes_on_without_repeating(tmp_path, monkeypatch)
     assert again[:-1] == lines[:-1] and strip(again[-1]) == strip(lines[-1]), "the one run that was missing, to the digit"
 
 
+# ------------------------------------------------------------------------------------------------ a real checkpoint
+
+ANSWERS = ("The sky is blue.", "It rains. Take an umbrella!", "Paris", "Why not? Because.", "\"Hi\" means hello, he said.")
+
+
+@pytest.mark.parametrize("demand", range(len(real.DEMANDS)), ids=[words for words, *_ in real.DEMANDS])
+def test_an_edited_answer_meets_its_demand_and_few_others_do(demand):
+    edited = [real.DEMANDS[demand][1](answer) for answer in ANSWERS]
+    assert sum(real.meets(demand, answer) for answer in edited) >= 4, "an answer that cannot be edited so is put another"
+    assert sum(real.meets(demand, answer) for answer in ANSWERS) <= 2 and not real.meets(demand, "")
+    others = [edit(answer) for i, (_, edit, _) in enumerate(real.DEMANDS) if i != demand for answer in ANSWERS]
+    assert sum(real.meets(demand, answer) for answer in others) < len(others) / 2
+
+
+@pytest.mark.parametrize("asked, said, right", [
+    ("3*4", "12", True), ("3*4", "13", False), ("10/3", "3.33", True), ("80*25*.01", "20", True), ("(8+2)/10", "1", True),
+    ("9**9", "387420489", False), ("1/0", "0", False), ("3 4", "12", False), ("__import__", "1", False), ("2+2", "4x", False),
+    ("08+1", "9", False), (".", "0", False)])
+def test_an_annotation_is_right_where_both_sides_are_equal_numbers(asked, said, right):
+    assert real.right_step(asked, said) is right
+
+
+def test_worked_arithmetic_passes_with_right_steps_and_the_form_of_its_end():
+    passes_, good = real.Arithmetic().passes, "He has 3*4 = <<3*4=12>>12 eggs.\nThen <<12-2=10>>10.\n#### 10"
+    assert passes_(good) and not passes_(good.replace("=10>>", "=11>>")) and not passes_(good + " eggs")
+    assert not passes_("#### 10") and not passes_(good.split("\n####")[0])
+
+
+def rows_file(path, prompts, answer):
+    path.write_text("".join(json.dumps({"prompt": p, "chosen": answer(i)}) + "\n" for i, p in enumerate(prompts)), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("task", [real.Arithmetic, real.Constraints])
+def test_the_splits_share_no_row_and_each_right_answer_passes_where_its_fault_does_not(task, tmp_path):
+    plan = task()
+    plan.files = [rows_file(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(n)], lambda i:
+                            f"Take <<{i}+2={i + 2}>>{i + 2}.\n#### {i + 2}" if task is real.Arithmetic else f"It is {i}.")
+                  for name, n in (("train", 600), ("test", 130))]
+    splits = plan.splits()
+    assert {split: len(rows) for split, rows in splits.items()} == plan.sizes
+    prompts = [prompt for rows in splits.values() for prompt, *_ in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert all(check(chosen) and not check(fault) for rows in splits.values() for _, chosen, fault, check in rows)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("paired", [True, False], ids=["with rejected", "without"])
-def test_the_relatives_run_on_a_checkpoint(tmp_path, capsys, paired):
-    config = read_config(DATA / "tiny_model")
-    files = companions(DATA / "tiny_model")
-    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
-    save_pretrained(model, tmp_path / "model", torch.float32, files)
-    keys = {"prompt", "chosen", "rejected"} if paired else {"prompt", "chosen"}
-    for name, source, rows in (("train", "train", 20), ("eval", "test", 5)):
-        lines = [json.loads(line) for line in (DATA / f"tiny_{source}.jsonl").read_text("utf-8").splitlines()[:rows]]
-        kept = [{k: v for k, v in line.items() if k in keys} for line in lines]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    where = ["--model", tmp_path / "model", "--data", tmp_path / "train.jsonl",
-             "--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out"]
-    argv = [*map(str, where), *"--steps 1 --max-length 128 --dtype float32 --tokens 4 --samples 1".split()]
-    assert real.main([*argv, "--variants", "SFT,SAPO-DPO"] if paired else argv) == 0
-    printed = capsys.readouterr().out
-    table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
-    names = ["SFT", "SAPO-DPO"] if paired else [name for name in real.VARIANTS if "offline" not in name]
-    assert [row[0].removeprefix("| ") for row in table] == ["start", *names] and "y+ " in printed
-    assert len({row[2] for row in table}) > 1, "something was learnt"
-    assert all(float(row[5]) <= 4 for row in table)
+def test_a_quick_study_of_a_checkpoint_runs(tmp_path, monkeypatch):
+    model, files = small_base(tmp_path / "model"), []
+    for name, n in (("train", 560), ("test", 110)):
+        files.append(rows_file(tmp_path / f"{name}.jsonl", [f"What is {i}?" for i in range(n)], lambda i: f"It is {i}."))
+    monkeypatch.chdir(tmp_path)
+    argv = ["constraints", "--model", model, "--data", files[0], "--eval-data", files[1],
+            *"--steps 2 --tokens 900 --sft-steps 1 --rows 16 --seeds 2 --variants SFT,SAPO-DPO,offline --out out".split()]
+    with pytest.raises(SystemExit):
+        real.main(argv)
+    argv[argv.index("SFT,SAPO-DPO,offline")] = "SFT,SAPO-DPO,offline DPO"
+    assert real.main([*argv, "--figures", str(tmp_path)]) == 0
+    found = study.read(tmp_path / "constraints.jsonl")
+    assert {key[0] for key in found} == {"start", "base", "SFT", "SAPO-DPO", "offline DPO"}
+    base, start = (study.at(found[name, None, 1], "start") for name in ("base", "start"))
+    assert base["chosen"] != start["chosen"], "the base was trained"
+    own = [json.loads(line)["rejected"] for line in (tmp_path / "out/base-1-seed-1-train.jsonl").read_text().splitlines()]
+    assert len(set(own)) > 20 and "It is 330." not in own, "the base's own answers"
+    assert study.at(found["offline DPO", 1e-5, 1], "steps 1")["generated"] == 0
+    assert "| offline DPO |" in (tmp_path / "constraints.md").read_text("utf-8")
+
+
+def small_base(folder):
+    config, files = read_config(DATA / "tiny_model"), companions(DATA / "tiny_model")
+    save_pretrained(Transformer(config).init_weights(torch.Generator().manual_seed(0)), folder, torch.float32, files)
+    return str(folder)

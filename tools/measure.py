@@ -32,11 +32,11 @@ class Failed(Exception):
     """A run ended badly; the message says which."""
 
 
-def base_model(seed, flags=(), out=ROOT / "runs/tiny-base"):
+def base_model(seed, flags=(), out=ROOT / "runs/tiny-base", preset=QUIET):
     """The model folder of a seed's base, made by SFT alone if it is not there: the one step at learning rate 0
-    moves nothing. flags: what differs from the tiny preset."""
+    moves nothing. flags: what differs from the preset."""
     folder = Path(f"{out}-seed-{seed}")
-    wanted = [*QUIET, *flags, "--seed", str(seed), "--steps", "1", "--lr", "0"]
+    wanted = [*preset, *flags, "--seed", str(seed), "--steps", "1", "--lr", "0"]
     if known(folder / "made.json") != wanted:
         train.draw_curves = lambda folder: None
         if train.main([*wanted, "--out", str(folder), "--overwrite"]) or not (folder / "model").is_dir():

@@ -1,154 +1,263 @@
-"""SAPO and its relatives on a real checkpoint: the study's variants, one seed, few steps, on data you bring.
+"""The study on a real checkpoint, with two tasks whose answers a program can check, by the rules in docs/study.md.
 
-    python tools/real.py --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [--steps 30] [--variants "SFT,SAPO-DPO"]
+    python tools/real.py constraints --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [--dtype bfloat16] [...]
+    python tools/real.py arithmetic  --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl
+    python tools/real.py constraints --report
 
-Every variant is `python train.py` with COMMON and its own flags of the table, on the same prompts for the same steps at
-the same learning rate, one process on one thread each, --jobs at a time; a variant that is in --out already is not run
-again, so take another --out for other settings. In fewer steps than an epoch, "every epoch" is never. Then all models,
-as saved, are measured alike, computing in float32, on the rows of --eval-data. It prints Markdown: NLL a token; the
-share of rows on which y+ has the higher mean log-prob than the data's `rejected`, where there is one, and than the
-starting model's own greedy answer; the length of greedy answers in tokens; some of them side by side. Left out: seeds,
-intervals and tuning, which tools/study.py has; so a difference here is one observation.
+constraints   rows are any short instructions with their answers. Each prompt is given one of twelve demands ("Use exactly
+              two sentences."), and its answer is edited so that it meets the demand; the answer as it was does not
+arithmetic    rows are worked sums as GSM8K writes them: <<3*4=12>> after each step, "#### 12" at the end. An answer
+              passes if it ends so, holds such steps, and each of them is right; whether it solves the problem is not asked
+
+All else is as in tools/study.py, whose options this takes too: a base for each seed by SFT, here of a checkpoint that
+can chat already; every variant from the seed's base; a line a run in NAME.jsonl, so that it goes on where it was stopped.
 """
 
 import argparse
-import os
-import statistics
-import subprocess
+import functools
+import itertools
+import json
+import re
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import measure
+import torch
+
 import study
 from buffer import Pair
 from machine.dataset import Data
-from machine.rows import read_rows
-from machine.text import Text
+from machine.files import write_json
 from machine.flags import parse
 from machine.folders import companions, load_pretrained
-from machine.report import one_line
-from model import generate
+from machine.rows import read_rows
+from machine.text import Text
+from measure import Listening, base_model, known
+from model import twin
 
-BATCH = 8
-
-
-def with_batches(name):
-    """A relative's flags, a buffer of one batch being one of this size."""
-    return study.RELATIVES[name][0].replace(f"--buffer-size {study.BATCH}", f"--buffer-size {BATCH}")
+BATCH, BUFFER = 8, 64
 
 
-VARIANTS = {    # variant: its flags beside COMMON; SAPO's segment is half the answer
-    **{name: with_batches(name) for name in ("SFT", "offline DPO", "offline ORPO", "SPIN")},
-    **{name: f"{study.RELATIVES[name][0]} --segment 50% --buffer-size 64".strip() for name in ("SAPO-DPO", "SAPO-ORPO")}}
-COMMON = (f"--device cpu --batch-size {BATCH} --micro-batch 4 --optimizer adamw --lr-scheduler linear --warmup 10% "
-          "--eval-every 0 --save-every 0 --keep 1 --eval-rows 1 --samples 0")
+def variant(name):
+    """A variant of the tiny study in batches of this size: (flags, what it is)."""
+    flags, words = study.RELATIVES[name]
+    return flags.replace(f"--buffer-size {study.BATCH}", f"--buffer-size {BATCH}"), words
 
 
-def own_flags(variant, paired):
-    """Where the data have no `rejected`, SFT generates segments that lambda 0 then ignores."""
-    flags = VARIANTS[variant]
-    return flags if paired or variant != "SFT" else flags.replace("--rejected data", "--segment 50%")
+def write_rows(path, rows):
+    """Rows of (prompt, chosen, rejected); a file that holds them is left alone, as another run may be reading it."""
+    lines = "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row))) + "\n" for row in rows)
+    if not path.exists() or path.read_text("utf-8") != lines:
+        path.write_text(lines, "utf-8")
 
 
-def flags_of(variant, args, paired):
-    return [*COMMON.split(), "--model", args.model, "--data", args.data, "--eval-data", args.eval_data,
-            "--steps", str(args.steps), "--lr", f"{args.lr:g}", "--max-length", str(args.max_length),
-            "--dtype", args.dtype, "--seed", str(args.seed), *own_flags(variant, paired).split()]
+class Real(study.Study):
+    """What both tasks share: variants, claims, rates, and how a checkpoint is opened."""
+    command, batch, alike = "tools/real.py", BATCH, {}
+    relatives = {
+        "SAPO-DPO": variant("SAPO-DPO"), "SFT": variant("SFT"), "SPIN": variant("SPIN"), "on-policy": variant("on-policy"),
+        "SAPO-ORPO": variant("SAPO-ORPO"), "a quarter": ("--segment 25%", "B is a quarter of y+"),
+        "a sentence": variant("a sentence"), "end rewritten": variant("end rewritten"),
+        "DPO and NLL": variant("DPO and NLL"),
+        "offline DPO": (variant("offline DPO")[0], "y- is the base's own answer, sampled once; the reference is the base")}
+    studied = tuple(relatives)
+    claims = {claim: pair for claim, pair in study.CLAIMS.items() if set(pair) <= {"SAPO-DPO", "SFT", "SPIN", "SAPO-ORPO"}}
+    claims |= {"EMA, buffer and segment over on-policy": ("SAPO-DPO", "on-policy")}
+    bases = {"base": 1, "start": 0}                  # start: the checkpoint itself
+    first, tried = {"dpo": (1e-5, 3e-5), "orpo": (1e-5, 3e-5)}, 3
+    seeds, steps, sft_steps, learned = 3, 40, 40, 0.0
+    computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT")
+    in_pairs = ("SAPO-DPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
+    sizes = {"base": 324, "train": 168, "validation": 60, "test": 108}
+
+    def given(self, args):
+        """Takes the checkpoint and the files of rows; the workers' commands begin with `words`."""
+        self.model, self.files = args.model, (args.data, args.eval_data)
+        self.words = [args.task, "--model", args.model, "--data", args.data, "--eval-data", args.eval_data,
+                      "--dtype", args.dtype]
+        if args.dtype == "bfloat16":
+            self.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        self.flags = [*f"--device cpu --batch-size {BATCH} --micro-batch {BATCH} --buffer-size {BUFFER} --segment 50% "
+                      f"--optimizer adamw --generate-rows 60 --dtype {args.dtype} --eval-every 0 --save-every 0 --keep 0 "
+                      "--eval-rows 1 --samples 0".split(), *self.lengths.split(), "--model", args.model]
+
+    def splits(self):
+        """{split: [(prompt, y+, the same with a fault, whether an answer passes)]}, as many as sizes says at most."""
+        made = []
+        for path in self.files:
+            rows = [row for row in read_rows(path) if isinstance(row.turns, str)]
+            made.append(self.made([(row.turns, row.chosen["content"]) for row in rows]))
+        splits, begin = {"test": made[1][:self.sizes["test"]]}, 0
+        for split in ("base", "train", "validation"):
+            splits[split] = made[0][begin:begin + self.sizes[split]]
+            begin += self.sizes[split]
+        return splits
+
+    def base(self, job):
+        """Its folder also holds the splits, and the base's own answers to the training prompts as their `rejected`."""
+        self.folder, rows = Path(f"{job['bases']}-seed-{job['seed']}"), self.splits()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = {split: self.path(split) for split in rows}
+        for split in ("base", "validation", "test"):
+            write_rows(paths[split], [row[:3] for row in rows[split]])
+        folder = Path(self.model)
+        if job["sft_steps"]:
+            sft = (f"--data {paths['base']} --eval-data {paths['test']} --sft-data {paths['base']} --sft-lr 2e-5 "
+                   f"--sft-steps {job['sft_steps']} --sft-batch-size {BATCH}")
+            folder = base_model(job["seed"], [*self.flags, *sft.split()], job["bases"], preset=())
+        said = known(self.folder / "own.json") or self.own_answers(folder, job, rows["train"])
+        write_rows(paths["train"], [(prompt, chosen, own) for (prompt, chosen, *_), own in zip(rows["train"], said)])
+        return folder
+
+    def path(self, split):
+        return self.folder.with_name(f"{self.folder.name}-{split}.jsonl")
+
+    def own_answers(self, folder, job, rows):
+        """The answers of the model in a folder to the prompts of rows, sampled; kept beside it."""
+        write_rows(self.path("asked"), [row[:3] for row in rows])
+        model, text, cfg = self.opened(folder, job, [])
+        data = Data(read_rows(self.path("asked")), text, cfg, "train")
+        pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in range(len(data))]
+        answers = Listening(data, pairs, cfg, text).answers(model.eval(), pairs, cfg.temperature, cfg.top_k, cfg.top_p)
+        said = [text.decode(ids, True).strip() or "-" for ids in answers]
+        write_json(self.folder / "own.json", said)
+        return said
+
+    def opened(self, folder, job, flags):
+        model = load_pretrained(folder)
+        cfg = parse([*self.flags, "--seed", str(job["seed"]), *flags]).cfg
+        return model, Text(companions(folder), folder, model.config), cfg
+
+    def generator(self, model):
+        return None if self.autocast is nullcontext else twin(model).to(torch.bfloat16)
+
+    def rows(self, split, text, cfg, n):
+        data = Data(read_rows(self.path(split))[:n], text, cfg, split)
+        data.checks = [row[3] for row in self.splits()[split][:n]]
+        if len(data) != len(data.checks):
+            raise SystemExit(f"{self.command}: rows of {split} are too long for {self.lengths}")
+        return data
 
 
-def folder_of(variant, out):
-    return out / variant.replace(" ", "-")
+# ----------------------------------------------------------------------------- worked arithmetic
+STEP = re.compile(r"<<([^<>=]{1,40})=([^<>=]{1,15})>>")
+TERM = re.compile(r"[\d.+\-*/() ]+")
 
 
-def run(variant, out, flags):
-    """One run, unless its model is there; returns its seconds."""
-    folder = folder_of(variant, out)
-    log, seconds = folder.with_name(f"{folder.name}.log"), folder.with_name(f"{folder.name}.seconds")
-    if not (folder / "model").is_dir():
-        began = time.monotonic()
-        command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(folder), "--overwrite"]
-        with open(log, "w", encoding="utf-8") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT,
-                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-        if code:
-            raise SystemExit(f"real: {variant} ended with code {code}; see {log}")
-        seconds.write_text(f"{time.monotonic() - began:.0f}")
-    print(f"{variant}: done, {seconds.read_text()} s", file=sys.stderr, flush=True)
-    return int(seconds.read_text())
+def right_step(asked, said):
+    """Whether an annotation's two sides, as text, are equal; to a hundredth, as divisions are rounded."""
+    if not TERM.fullmatch(asked) or not re.fullmatch(r"-?[\d.]+", said) or "**" in asked:
+        return False
+    try:
+        return abs(eval(asked, {"__builtins__": {}}) - float(said)) < 0.01       # of digits and signs alone
+    except (SyntaxError, ZeroDivisionError, TypeError, ValueError):
+        return False
 
 
-def answers(model, data, text, tokens):
-    """A greedy answer of at most so many tokens to each prompt, in ids."""
-    ids = []
-    for i in range(0, len(data), 32):
-        part = [data[j].prompt for j in range(i, min(i + 32, len(data)))]
-        ids += generate(model, part, [tokens] * len(part), text.eos, temperature=0, vocab=text.vocab)
-    return ids
+class Arithmetic(Real):
+    name, steps_are, tokens = "arithmetic", "steps", 85_000
+    lengths = "--max-length 384 --max-prompt-length 192 --eval-tokens 144"
+
+    def steps_of(self, answer):
+        return [right_step(*sides) for sides in STEP.findall(answer)]
+
+    def passes(self, answer):
+        steps = self.steps_of(answer)
+        return re.search(r"#### -?[\d.,]+$", answer.strip()) is not None and bool(steps) and all(steps)
+
+    def made(self, rows):
+        """The short rows whose own answer passes; the fault is a result that is off by one."""
+        made = []
+        for prompt, chosen in rows:
+            if max(len(prompt), len(chosen)) <= 300 and self.passes(chosen):
+                result = STEP.findall(chosen)[-1][1]
+                wrong = f"{float(result) + 1:g}"
+                made.append((prompt, chosen, chosen.replace(f"={result}>>{result}", f"={wrong}>>{wrong}"), self.passes))
+        return [row for row in made if not self.passes(row[2])]
 
 
-def measured(folder, args, own):
-    """({metric: value}, answers as text, own); own: the starting model's answers in ids, or None while that is what is
-    measured."""
-    model = load_pretrained(folder)
-    text = Text(companions(folder), folder, model.config)
-    cfg = parse(["--model", args.model, "--data", args.data, "--max-length", str(args.max_length),
-                 "--max-prompt-length", str(args.max_length * 7 // 8)]).cfg
-    data = Data(read_rows(args.eval_data)[:args.rows], text, cfg, "eval")
-    examples, generated = [data[i] for i in range(len(data))], answers(model, data, text, args.tokens)
-    own = own or generated
-    pairs = [Pair(e.prompt, e.chosen, answer) for e, answer in zip(examples, own)]
-    paired = [Pair(e.prompt, e.chosen, e.rejected) for e in examples if e.rejected]
-    found = measure.Listening(data, pairs, cfg, text).measure(model, full=False)
-    row = {"NLL": f"{found['nll']:.3f}", "ahead of the data's": f"{measure.ahead(model, paired):.2f}" if paired else "-",
-           "ahead of the start's own": f"{found['ranking_accuracy']:.2f}",
-           "tokens": f"{statistics.mean(map(len, generated)):.1f}"}
-    return row, [text.decode(ids, True) for ids in generated], own
+# ----------------------------------------------------------------------------- demands on real answers
+def sentences(answer):
+    return [part for part in re.split(r"(?<=[.!?])\s+", answer.strip()) if part]
+
+
+def numbered(answer):
+    return " ".join(f"({i}) {part}" for i, part in enumerate(sentences(answer), 1))
+
+
+DEMANDS = (     # (what is asked, an answer -> the same so that it is met, whether an answer meets it)
+    ("Write in lower case only.", str.lower, lambda a: a == a.lower() and a != a.upper()),
+    ("Write in capital letters only.", str.upper, lambda a: a == a.upper() and a != a.lower()),
+    ("End your answer with the word DONE.", lambda a: f"{a} DONE", lambda a: re.search(r"\bDONE\W*$", a)),
+    ("Begin your answer with the word Certainly.", lambda a: f"Certainly: {a}", lambda a: re.match(r"Certainly\b", a)),
+    ("Use exactly two sentences.", lambda a: " ".join([*sentences(a), "That is all."][:2]),
+     lambda a: len(sentences(a)) == 2 and all(re.search(r"[.!?]$", part) for part in sentences(a))),
+    ("Put the whole answer in double quotation marks.", lambda a: '"' + a.replace('"', "'") + '"',
+     lambda a: re.fullmatch(r'"[^"]+"', a)),
+    ("Number your sentences: (1), (2) and so on.", numbered, lambda a: a and all(
+        part.startswith(f"({i}) ") for i, part in enumerate(sentences(a), 1))),
+    ("Write a list with a hyphen before each sentence, one a line.",
+     lambda a: "\n".join(f"- {part}" for part in sentences(a)),
+     lambda a: a and all(line.startswith("- ") and len(sentences(line)) == 1 for line in a.splitlines())),
+    ("Put your answer between <answer> and </answer>.", lambda a: f"<answer>{a}</answer>",
+     lambda a: re.fullmatch(r"<answer>[^<>]+</answer>", a)),
+    ("End with a question to the reader.", lambda a: f"{a} Does that help?", lambda a: a.endswith("?")),
+    ("End every sentence with an exclamation mark.",
+     lambda a: " ".join(re.sub(r"[.!?]*$", "!", part, count=1) for part in sentences(a)),
+     lambda a: a and all(re.search(r"[^.!?]!$", part) for part in sentences(a))),
+    ("Add a postscript that begins with P.S.", lambda a: f"{a}\nP.S. Good luck!", lambda a: re.search(r"\nP\.S\. \w", a)),
+)
+
+
+def meets(demand, answer):
+    return bool(DEMANDS[demand][2](answer.strip()))
+
+
+class Constraints(Real):
+    name, steps_are, tokens = "constraints", "", 50_000
+    lengths = "--max-length 256 --max-prompt-length 160 --eval-tokens 64"
+
+    def steps_of(self, answer):
+        return []
+
+    def made(self, rows):
+        """The demands in turn: each short row of one line is put the next that its answer does not meet by itself."""
+        made = []
+        for prompt, chosen in rows:
+            if "\n" in chosen.strip() or len(chosen) > 220 or len(prompt) > 300:
+                continue
+            made += list(itertools.islice(self.asked(prompt, chosen.strip(), len(made)), 1))
+        return made
+
+    def asked(self, prompt, chosen, turn):
+        for i in range(turn, turn + len(DEMANDS)):
+            demand = i % len(DEMANDS)
+            words, edit, _ = DEMANDS[demand]
+            if meets(demand, edit(chosen)) and not meets(demand, chosen):
+                yield f"{prompt}\n\n{words}", edit(chosen), chosen, functools.partial(meets, demand)
 
 
 def main(argv=None):
+    """Takes the task and its files, and leaves the rest to tools/study.py."""
+    argv, tasks = sys.argv[1:] if argv is None else argv, {task.name: task for task in (Arithmetic, Constraints)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+                                     allow_abbrev=False, add_help=False)
+    parser.add_argument("task", choices=tasks)
     for name in ("--model", "--data", "--eval-data"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--out", default="runs/real")
-    parser.add_argument("--variants", help=f"comma-separated; default all that the data allow: {','.join(VARIANTS)}")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--rows", type=int, default=64, help="of --eval-data, at most")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2)
-    args = parser.parse_args(argv)
-    paired = all(row.rejected for row in read_rows(args.data))
-    allowed = [variant for variant in VARIANTS if paired or not variant.startswith("offline")]
-    variants = args.variants.split(",") if args.variants else allowed
-    if set(variants) - set(VARIANTS):
-        parser.error(f"--variants: choose from {', '.join(VARIANTS)}")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        taken = pool.map(lambda variant: run(variant, out, flags_of(variant, args, paired)), variants)
-        seconds = dict(zip(variants, taken))
-    rows, texts, own = {}, {}, None
-    for variant in ("start", *variants):
-        folder = args.model if variant == "start" else folder_of(variant, out) / "model"
-        rows[variant], texts[variant], own = measured(folder, args, own)
-    print(measure.markdown(["variant", "flags", *rows["start"], "seconds"],
-                         [[variant, f"`{own_flags(variant, paired)}`" if variant in VARIANTS else "", *row.values(),
-                           seconds.get(variant, "")] for variant, row in rows.items()]))
-    for i, row in enumerate(read_rows(args.eval_data)[:args.samples]):
-        prompt = row.turns if isinstance(row.turns, str) else row.turns[-1]["content"]
-        shown = {"prompt": prompt, "y+": row.chosen["content"], **{variant: texts[variant][i] for variant in texts}}
-        print("\n" + "\n".join(f"{name:<13} {one_line(text, 150)}" for name, text in shown.items()))
-    return 0
+        parser.add_argument(name, default="")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of autocast and generator")
+    if {"-h", "--help"} & {*argv}:
+        parser.print_help()
+        return study.main(["--help"], Constraints(), "the options of tools/study.py:")
+    args, rest = parser.parse_known_args(argv)
+    if "--report" not in rest and not (args.model and args.data and args.eval_data):
+        parser.error("--model, --data and --eval-data are needed, or --report")
+    task = tasks[args.task]()
+    task.given(args)
+    return study.main(rest, task, __doc__)
 
 
 if __name__ == "__main__":

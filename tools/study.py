@@ -74,8 +74,6 @@ RELATIVES = {   # variant: (what it changes in the tiny preset, what it is)
     "RPO": ("--loss rpo", "each y+ against every y- of the micro-batch"),
     "SimPO": ("--loss simpo --beta 2", "means, a margin, no reference"),
 }
-STUDIED = ("SAPO-DPO", "SFT", "SPIN", "offline DPO", "SAPO-ORPO", "a line", "end rewritten", "full response", "on-policy",
-           "half", "every 2nd", "every 4th", "every 8th", "DPO and NLL")
 AS = {name: "SAPO-DPO" for name in ("every 2nd", "every 4th", "every 8th")}    # whose learning rate they take
 CLAIMS = {      # claim: (better, than)
     "SAPO over SPIN": ("SAPO-DPO", "SPIN"),
@@ -87,38 +85,115 @@ CLAIMS = {      # claim: (better, than)
     "a line over a random segment": ("a line", "SAPO-DPO"),
     "kept C over a rewritten end": ("SAPO-DPO", "end rewritten"),
 }
-BASES = {"base": 1, "half the SFT": 0.5, "twice the SFT": 2}        # and what its steps of SFT are multiplied by
-GRID = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-FIRST = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}     # tried at once; then outward while the best is the last
-TRIED = 5                                        # rates of a variant at most
-ROWS = {"data": "train", "eval_data": "test", "sft_data": "base"}
-WORLD = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "96", "--generate-rows", "240",
-         *(word for flag, split in ROWS.items()
-           for word in ("--" + flag.replace("_", "-"), str(ROOT / f"data/steps_{split}.jsonl")))]
-SFT_FLAGS = "--sft-steps {} --sft-lr 3e-3 --sft-batch-size 16"       # of the base
 CONSTANT = "--lr-scheduler constant --warmup 12".split()             # so that each point of a run is a result
-STEPS, TOKENS, SFT_STEPS = 96, 220_000, 1000
-LEARNED = 0.1                                    # a base below this on validation prompts has learned no sums
 BINS = 16                                        # of a run's steps, for the curves of its pairs
 PAIRS = {       # what is looked at in fresh pairs: head of the table
-    "passes": "y- passes", "false": "a false sum in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
+    "passes": "y- passes", "false": "a false step in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
     "pairs/segment_gap": "B against B', nats", "pairs/seam_gap": "the seam, nats"}
 SUM = re.compile(r"(\d+)([+-])(\d+)=(\d+)")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # 97.5 % points of t, 1 ... 9 degrees
+ROWS = {"data": "train", "eval_data": "test", "sft_data": "base"}
+
+
+class Study:
+    """What is studied, and the rules for it: here the worked sums of tiny-steps. tools/real.py has others.
+
+    A run's line has the keys variant, lr and seed; found maps these three to the line.
+    """
+    name, command, words = "study", "tools/study.py", []     # of the files; what makes them, and its first words
+    steps_are = "sums"                               # what steps_of looks at
+    batch, relatives, alike = BATCH, RELATIVES, AS   # alike: variants that take another's learning rate
+    studied = ("SAPO-DPO", "SFT", "SPIN", "offline DPO", "SAPO-ORPO", "a line", "end rewritten", "full response",
+               "on-policy", "every 2nd", "every 4th", "every 8th", "half", "DPO and NLL")
+    claims = CLAIMS
+    bases = {"base": 1, "half the SFT": 0.5, "twice the SFT": 2}     # and what its steps of SFT are multiplied by
+    grid = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    first = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}  # tried at once; then outward while the best is the last
+    tried = 5                                        # rates of a variant at most
+    seeds, steps, tokens, sft_steps = 5, 96, 220_000, 1000
+    learned = 0.1                                    # a base below this on validation prompts has learned no sums
+    autocast = nullcontext
+    computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")   # in the picture of tokens
+    in_pairs = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")     # in that of pairs
+    flags = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "96",
+             "--generate-rows", "240", *(word for flag, split in ROWS.items() for word in (
+                 "--" + flag.replace("_", "-"), str(ROOT / f"data/steps_{split}.jsonl")))]
+
+    def base(self, job):
+        """The model folder that a job's runs start from, made if it is not there."""
+        sft = f"--sft-steps {job['sft_steps']} --sft-lr 3e-3 --sft-batch-size 16"
+        return base_model(job["seed"], [*self.flags, *sft.split()], job["bases"])
+
+    def opened(self, folder, job, flags):
+        """(model, Text, Config)."""
+        return opened(folder, job["seed"], [*self.flags, *flags])
+
+    def generator(self, model):
+        """What generates in place of the EMA and follows it, or None."""
+
+    def rows(self, split, text, cfg, n):
+        """The first n rows of a split, or all, as Data; checks: for each row whether an answer is right."""
+        data = rows_of(split, text, cfg, n, "steps")
+        data.checks = [lambda answer, row=i: passes(answer, data.verifiers[row]) for i in range(len(data))]
+        return data
+
+    def steps_of(self, answer):
+        """Whether each step of an answer is right, in order."""
+        return [int(a) + int(f"{op}{b}") == int(c) for a, op, b, c in SUM.findall(answer)]
+
+    def chosen_rate(self, variant, found, seeds):
+        """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's first
+        on the validation rows of the first seed; while the best is the last on its side, the next one outward is tried."""
+        variant = self.alike.get(variant, variant)
+        words = self.relatives[variant][0].split()
+        rates = list(self.first["orpo" if "orpo" in words else "dpo"])
+        while True:
+            missing = [(variant, lr, seeds[0]) for lr in rates if (variant, lr, seeds[0]) not in found]
+            if missing:
+                return None, missing
+            scores = [at(found[variant, lr, seeds[0]], "steps 1")["validation"] for lr in rates]
+            best = scores.index(max(scores))
+            place = self.grid.index(rates[best]) + (1 if best else -1)
+            if 0 < best < len(rates) - 1 or len(rates) == self.tried or not 0 <= place < len(self.grid):
+                return rates[best], []
+            rates = sorted([*rates, self.grid[place]])
+
+    def with_base(self, found):
+        """(the first seeds whose base passes at least `learned` of the validation prompts, the seeds to try next)."""
+        seeds = []
+        for seed in itertools.count(1):
+            row = found.get(("base", None, seed))
+            if row is None:
+                return seeds, list(range(seed, seed + self.seeds - len(seeds)))
+            if at(row, "start")["validation"] >= self.learned:
+                seeds.append(seed)
+            if len(seeds) == self.seeds:
+                return seeds, []
+
+    def todo(self, found, variants):
+        """The runs that can be started now, the most important first."""
+        seeds, more = self.with_base(found)
+        runs = [("base", None, seed) for seed in more]
+        if runs:
+            return [key for key in runs if key not in found]
+        for variant in variants:
+            lr, missing = self.chosen_rate(variant, found, seeds)
+            runs += missing or [(variant, lr, seed) for seed in seeds]
+        runs += [(base, None, seed) for base in self.bases for seed in seeds]
+        return [key for key in dict.fromkeys(runs) if key not in found]
 
 
 # ----------------------------------------------------------------------------- one run
-def run(job):
+def run(study, job):
     """A line of study.jsonl: train as the job says, and measure at its marks, in steps and in tokens."""
-    flags = job["flags"].split()
-    folder = base_model(job["seed"], [*WORLD, *SFT_FLAGS.format(job["sft_steps"]).split()], job["bases"])
-    model, text, cfg = opened(folder, job["seed"], [*WORLD, *CONSTANT, *flags, "--lr", f"{job['lr'] or 0:g}"])
-    data, validation, test = (rows_of(split, text, cfg, job["rows"], "steps") for split in ("train", "validation", "test"))
+    flags = [*CONSTANT, *job["flags"].split(), "--lr", f"{job['lr'] or 0:g}"]
+    model, text, cfg = study.opened(study.base(job), job, flags)
+    data, validation, test = (study.rows(split, text, cfg, job["rows"]) for split in ("train", "validation", "test"))
     marks = [("steps", job["steps"]), *(("tokens", share * job["tokens"]) for share in (0.5, 1))]
     counts, points, fresh = {"steps": 0, "generated": 0, "trained": 0, "tokens": 0}, [], []
-    step, state = stepper(model, data, text, cfg)
+    step, state = stepper(model, data, text, cfg, study.autocast, study.generator(model))
     if not job["lr"]:                                    # the base itself
-        start = {**counts, "mark": ["start"], **measured(model, test, text, cfg)}
+        start = {**counts, "mark": ["start"], **measured(study, model, test, text, cfg)}
         points, marks = [start | further(model, validation, test, text, cfg)], []
     seconds, began = 0.0, time.perf_counter()
     while marks:
@@ -128,14 +203,14 @@ def run(job):
         for kind, key in (("generated", "gen/tokens"), ("trained", "train/tokens")):
             counts[kind] += int(metrics[key])
         counts["tokens"] = counts["generated"] + counts["trained"]
-        fresh.append(looked_at(state, metrics, data, text))
+        fresh.append(looked_at(study, state, metrics, data, text))
         reached = [mark for mark in marks if counts[mark[0]] >= mark[1]]
         if reached:
             seconds += time.perf_counter() - began
             marks = [mark for mark in marks if mark not in reached]
             names = [f"{kind} {value / job[kind]:g}" for kind, value in reached]
             points.append({**counts, "seconds": round(seconds, 1), "mark": names,
-                           **measured(model, test, text, cfg)})
+                           **measured(study, model, test, text, cfg)})
             if "steps 1" in names:
                 points[-1] |= further(model, validation, test, text, cfg)
             began = time.perf_counter()
@@ -143,29 +218,29 @@ def run(job):
         "points": points, "pairs": binned(fresh[:job["steps"]]), "memory": peak_memory(), "torch": torch.__version__}
 
 
-def stepper(model, data, text, cfg):
+def stepper(model, data, text, cfg, autocast=nullcontext, generator=None):
     """(a function that takes one step at a learning rate and returns its metrics, its State): of Algorithm 1, or of SFT
     where the loss looks at y+ alone: the same step (tests/test_study.py), without the half of it that counts for nothing."""
     optimizer, draw = train.make_optimizer(model, cfg), Draw(data, cfg.batch_size, cfg.seed, World("cpu"))
     state = State.start(model, cfg, text.eos, cfg.seed, vocab=text.vocab, breaks=text.breaks(cfg.segment),
-                        optimizer=optimizer, steps_per_epoch=max(1, round(len(data) / cfg.batch_size)))
+                        optimizer=optimizer, generator=generator, steps_per_epoch=max(1, round(len(data) / cfg.batch_size)))
 
     def step(lr):
         for group in optimizer.param_groups:
             group["lr"] = lr
         if cfg.loss != "orpo" or cfg.lam:
-            return sapo_step(state, draw, cfg)
+            return sapo_step(state, draw, cfg, autocast)
         rows = draw(cfg.batch_size)
-        return train.sft_step(model, optimizer, rows, cfg, nullcontext) | {
+        return train.sft_step(model, optimizer, rows, cfg, autocast) | {
             "gen/tokens": 0, "train/tokens": sum(len(e.prompt) + len(e.chosen) for e in rows)}
 
     return step, state
 
 
-def measured(model, data, text, cfg):
-    """Of a model's greedy answers to held-out rows: passed, "1" or "0" for each; sums, the share of right ones."""
+def measured(study, model, data, text, cfg):
+    """Of a model's greedy answers to held-out rows: passed, "1" or "0" for each; sums, the share of steps that are right."""
     answers, good = heard(model, data, text, cfg)
-    right = [true for answer in answers for true in sums(answer)]
+    right = [true for answer in answers for true in study.steps_of(answer)]
     return {"passed": "".join("01"[ok] for ok in good), "sums": round(statistics.mean(right or [0]), 4)}
 
 
@@ -187,22 +262,17 @@ def heard(model, data, text, cfg, *how):
     pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in range(len(data))]
     answers = [text.decode(ids, True) for ids in Listening(data, pairs, cfg, text).answers(model, pairs, *how)]
     model.train()
-    return answers, [passes(answer, data.verifiers[i]) for i, answer in enumerate(answers)]
+    return answers, [check(answer) for check, answer in zip(data.checks, answers)]
 
 
-def sums(answer):
-    """Whether each sum of an answer is right, in order."""
-    return [int(a) + int(f"{op}{b}") == int(c) for a, op, b, c in SUM.findall(answer)]
-
-
-def looked_at(state, metrics, data, text):
+def looked_at(study, state, metrics, data, text):
     """PAIRS of a step's fresh pairs; {} where none were generated."""
     if "gen/eos_fraction" not in metrics:
         return {}
-    fresh = [state.buffer.pairs[-i] for i in range(1, BATCH + 1)]
+    fresh = [state.buffer.pairs[-i] for i in range(1, study.batch + 1)]
     texts = [text.decode(p.rejected, True) for p in fresh]
-    own = {"passes": [passes(said, data.verifiers[p.row]) for said, p in zip(texts, fresh)],
-           "false": [not all(sums(said)) for said in texts],
+    own = {"passes": [data.checks[p.row](said) for said, p in zip(texts, fresh)],
+           "false": [not all(study.steps_of(said)) for said in texts],
            "similarity": [difflib.SequenceMatcher(None, p.chosen, p.rejected, False).ratio() for p in fresh]}
     return {key: statistics.mean(own[key]) if key in own else metrics[key] for key in PAIRS}
 
@@ -232,50 +302,6 @@ def read(path):
     return found
 
 
-def chosen_rate(variant, found, seeds):
-    """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's three on
-    the validation rows of the first seed; while the best is the last on its side, the next one outward is tried."""
-    variant = AS.get(variant, variant)
-    words = RELATIVES[variant][0].split()
-    rates = list(FIRST["orpo" if "orpo" in words else "dpo"])
-    while True:
-        missing = [(variant, lr, seeds[0]) for lr in rates if (variant, lr, seeds[0]) not in found]
-        if missing:
-            return None, missing
-        scores = [at(found[variant, lr, seeds[0]], "steps 1")["validation"] for lr in rates]
-        best = scores.index(max(scores))
-        place = GRID.index(rates[best]) + (1 if best else -1)
-        if 0 < best < len(rates) - 1 or len(rates) == TRIED or not 0 <= place < len(GRID):
-            return rates[best], []
-        rates = sorted([*rates, GRID[place]])
-
-
-def learned(found, n, least=LEARNED):
-    """(the first n seeds whose base passes at least this share of validation prompts, the seeds to try next)."""
-    seeds = []
-    for seed in itertools.count(1):
-        row = found.get(("base", None, seed))
-        if row is None:
-            return seeds, list(range(seed, seed + n - len(seeds)))
-        if at(row, "start")["validation"] >= least:
-            seeds.append(seed)
-        if len(seeds) == n:
-            return seeds, []
-
-
-def todo(found, variants, n, least=LEARNED):
-    """The runs that can be started now, the most important first: n seeds of each variant."""
-    seeds, more = learned(found, n, least)
-    runs = [("base", None, seed) for seed in more]
-    if runs:
-        return [key for key in runs if key not in found]
-    for variant in variants:
-        lr, missing = chosen_rate(variant, found, seeds)
-        runs += missing or [(variant, lr, seed) for seed in seeds]
-    runs += [(base, None, seed) for base in BASES for seed in seeds]
-    return [key for key in dict.fromkeys(runs) if key not in found]
-
-
 def held(folder, key):
     """A file that is locked while a process works on a run, or None where another does. Where there are no locks
     (Windows), one process should work alone."""
@@ -290,13 +316,13 @@ def held(folder, key):
     return file
 
 
-def go(args, variants, path):
+def go(study, args, variants, path):
     """All runs that no other process is at, one after another, until there are none or the time is over. Each appends
     its line as it ends."""
     end = time.monotonic() + 60 * (args.minutes or math.inf)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     while time.monotonic() < end:
-        left = todo(read(path), variants, args.seeds, args.learned)
+        left = study.todo(read(path), variants)
         if not left:
             return
         for key in left:
@@ -307,25 +333,25 @@ def go(args, variants, path):
             time.sleep(2)
             continue
         with lock:
-            began, row = time.monotonic(), run(job_of(args, key))
+            began, row = time.monotonic(), run(study, job_of(study, args, key))
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * torn + json.dumps(row) + "\n")
         print(f"{' '.join(map(str, key))}: {time.monotonic() - began:.0f} s, at least {len(left) - 1} more", flush=True)
 
 
-def job_of(args, key):
+def job_of(study, args, key):
     """What `run` must know."""
     variant, lr, seed = key
-    sft_steps = round(args.sft_steps * BASES.get(variant, 1))
-    return {"variant": variant, "flags": RELATIVES[variant][0] if lr else "", "lr": lr, "seed": seed, "steps": args.steps,
-            "tokens": args.tokens, "sft_steps": sft_steps, "rows": args.rows,
+    sft_steps = round(study.sft_steps * study.bases.get(variant, 1))
+    return {"variant": variant, "flags": study.relatives[variant][0] if lr else "", "lr": lr, "seed": seed,
+            "steps": study.steps, "tokens": study.tokens, "sft_steps": sft_steps, "rows": args.rows,
             "bases": str(Path(args.out, f"base-{sft_steps}"))}
 
 
-def side_by_side(argv, jobs):
+def side_by_side(study, argv, jobs):
     """The same command in several processes at once, which share the runs; the worst exit code."""
-    command = [sys.executable, __file__, *argv, "--worker"]
+    command = [sys.executable, str(ROOT / study.command), *study.words, *argv, "--worker"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return max(process.wait() for process in [subprocess.Popen(command, env=env) for _ in range(jobs)])
 
@@ -386,19 +412,19 @@ def verdict(mean, p):
 class Results:
     """What study.jsonl holds, as the tables need it: the finished runs of each variant at its chosen rate."""
 
-    def __init__(self, found, n=5, least=LEARNED):
-        self.found = found
-        self.seeds, _ = learned(found, n, least)
+    def __init__(self, found, study=Study()):
+        self.found, self.study = found, study
+        self.seeds, _ = study.with_base(found)
         self.runs, self.rates = {}, {}
-        for variant in [*BASES, *RELATIVES]:
-            lr = None if variant in BASES else chosen_rate(variant, found, self.seeds)[0]
+        for variant in [*study.bases, *study.relatives]:
+            lr = None if variant in study.bases else study.chosen_rate(variant, found, self.seeds)[0]
             runs = [found.get((variant, lr, seed)) for seed in self.seeds]
             if all(runs):                                # a variant with runs missing is not shown
                 self.runs[variant], self.rates[variant] = runs, lr
-        self.trained = [variant for variant in self.runs if variant not in BASES]
+        self.trained = [variant for variant in self.runs if variant not in study.bases]
 
     def points(self, variant, mark):
-        return [at(run, "start" if variant in BASES else mark) for run in self.runs[variant]]
+        return [at(run, "start" if variant in self.study.bases else mark) for run in self.runs[variant]]
 
     def shares(self, variant, mark):
         return [share(point) for point in self.points(variant, mark)]
@@ -427,7 +453,7 @@ def report(r):
         rows = claims(r, mark)
         if rows and n > 1:
             lines += [f"\nThe claims at {name}: differences seed by seed, p of a paired t-test, and Holm's correction over "
-                      f"{len(CLAIMS)} claims:\n",
+                      f"{len(r.study.claims)} claims:\n",
                       markdown(["claim", "difference", "mean", "won, lost prompts", "p", "Holm's p", "here"], rows)]
     lines += ["\nIs y- worse, and where? Fresh pairs, first and last quarter of a run, all seeds:\n",
               markdown(["variant", *PAIRS.values()], [[v, *ends(runs)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
@@ -446,14 +472,15 @@ def steps_table(r):
     rows = []
     for variant, runs in r.runs.items():
         points = r.points(variant, "steps 1")
-        few = [cell([point[key] for point in points], 2) for key in ("sampled", "sums")]
+        few = [cell([point[key] for point in points], 2) for key in ("sampled", "sums")[:1 + bool(r.study.steps_are)]]
         moved = [cell([point[key] for point in points], 1) for key in ("chosen", "rejected")]
         cost = [f"{statistics.mean(point[key] for point in points) / 1e3:.0f}k" for key in ("generated", "trained")]
         time = [f"{statistics.mean(p.get('seconds', 0) for p in points):.0f}", max(run["memory"] or 0 for run in runs)]
         rows.append([variant, r.rates[variant] or "-", cell(r.shares(variant, "steps 1"), 3), cell(r.gains(variant, "steps 1"), 3, "+"), *few, *moved,
-                     *(["-"] * 4 if variant in BASES else [*cost, *time])])
-    return markdown(["variant", "lr", "greedy", "over the base", "sampled", "right sums", "log p(y+)", "log p(y-)",
-                     "generated", "trained on", "seconds", "MiB"], rows)
+                     *(["-"] * 4 if variant in r.study.bases else [*cost, *time])])
+    steps = [f"right {r.study.steps_are}"] * bool(r.study.steps_are)
+    return markdown(["variant", "lr", "greedy", "over the base", "sampled", *steps, "log p(y+)", "log p(y-)", "generated",
+                     "trained on", "seconds", "MiB"], rows)
 
 
 def tokens_table(r):
@@ -466,11 +493,11 @@ def tokens_table(r):
 
 def claims(r, mark):
     """A row for each claim whose variants are there."""
-    told = {claim: pair for claim, pair in CLAIMS.items() if set(pair) <= set(r.runs)}
+    told = {claim: pair for claim, pair in r.study.claims.items() if set(pair) <= set(r.runs)}
     values = [r.differences(*pair, mark) for pair in told.values()]
     ps = [p_value(v) for v in values]
     rows = []
-    adjusted_ps = holm(ps + [1.0] * (len(CLAIMS) - len(ps)))             # a claim that has no runs yet counts all the same
+    adjusted_ps = holm(ps + [1.0] * (len(r.study.claims) - len(ps)))             # a claim that has no runs yet counts all the same
     for (claim, pair), v, p, adjusted in zip(told.items(), values, ps, adjusted_ps):
         won = ", ".join(map(str, r.flipped(*pair, mark)))
         rows.append([claim, " - ".join(pair), cell(v, 3, "+"), won, f"{p:.3f}", f"{adjusted:.3f}",
@@ -496,34 +523,31 @@ def tuning_table(r):
             tried.setdefault(variant, {})[lr] = at(row, "steps 1")["validation"]
     return markdown(["variant", "lr: score"], [
         [variant, ", ".join(f"{lr:g}: {tried[variant][lr]:.3f}" for lr in sorted(tried[variant]))]
-        for variant in RELATIVES if variant in tried])
+        for variant in r.study.relatives if variant in tried])
 
 
-def relatives():
+def relatives(study):
     """The table of variants, for the documents."""
     return markdown(["variant", "flags beside `--preset tiny`", "what it is"],
-                    [[variant, f"`{flags}`" if flags else "none", words] for variant, (flags, words) in RELATIVES.items()])
+                    [[variant, f"`{flags}`" if flags else "none", words] for variant, (flags, words) in study.relatives.items()])
 
 
-def page(tables):
-    """study.md."""
-    return f"What `python tools/study.py` prints.\n\n{tables}\n"
+def page(tables, study):
+    """The file of tables."""
+    return f"What `python {study.command}` prints.\n\n{tables}\n"
 
 
 # ----------------------------------------------------------------------------- pictures
-COMPUTED = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")
-IN_PAIRS = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")
-
-
 def draw(r, folder):
-    """study.png, compute.png, pairs.png."""
+    """study.png, compute.png, pairs.png; another study's have its name."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
                          "axes.grid": True, "grid.alpha": 0.25})
-    for name, drawing, size in (("study", draw_shares, (8, 0.34 * len(r.runs) + 1.2)), ("compute", draw_compute, (7, 4)),
-                                ("pairs", draw_pairs, (9, 5.4))):
+    own = "" if r.study.name == "study" else f"{r.study.name}_"
+    for name, drawing, size in ((r.study.name, draw_shares, (8, 0.34 * len(r.runs) + 1.2)),
+                                (f"{own}compute", draw_compute, (7, 4)), (f"{own}pairs", draw_pairs, (9, 5.4))):
         figure = plt.figure(figsize=size, layout="constrained")
         drawing(r, figure)
         figure.savefig(folder / f"{name}.png", dpi=100)
@@ -551,7 +575,7 @@ def draw_shares(r, figure):
 def draw_compute(r, figure):
     """What is gained over the base, over the tokens generated and trained on."""
     axis = figure.subplots()
-    for i, variant in enumerate(v for v in COMPUTED if v in r.runs):
+    for i, variant in enumerate(v for v in r.study.computed if v in r.runs):
         marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.gains(variant, mark)))
                        for mark in ("tokens 0.5", "tokens 1", "steps 1"))
         x, y, half = np.array([(0, 0, 0), *marks]).T
@@ -564,7 +588,7 @@ def draw_compute(r, figure):
 def draw_pairs(r, figure):
     """What fresh pairs are like over the run, and beside it the held-out log-probs."""
     axes = figure.subplots(2, 3)
-    for i, variant in enumerate(v for v in IN_PAIRS if v in r.runs):
+    for i, variant in enumerate(v for v in r.study.in_pairs if v in r.runs):
         runs = r.runs[variant]
         for axis, key in zip(axes.flat, [key for key in PAIRS if key != "gen/eos_fraction"]):
             rows = np.array([run["pairs"].get(key) or [np.nan] * BINS for run in runs], float)
@@ -583,52 +607,62 @@ def draw_pairs(r, figure):
 
 
 # ----------------------------------------------------------------------------- the command
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+def options(doc, study):
+    """The parser of what a study can be told."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--out", default="runs/study", help="folder of the bases")
-    parser.add_argument("--figures", help="folder of study.jsonl, tables and pictures (default docs/figures; with --quick "
-                        "the bases' own)")
+    parser.add_argument("--out", help=f"folder of the bases (default runs/{study.name}; with --quick another)")
+    parser.add_argument("--figures", help=f"folder of {study.name}.jsonl, tables and pictures (default docs/figures; with "
+                        "--quick the bases' own)")
     parser.add_argument("--report", action="store_true", help="train nothing, show what is there")
     parser.add_argument("--quick", action="store_true", help="two variants, two seeds, few steps")
     parser.add_argument("--relatives", action="store_true", help="print the table of variants and stop")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, help="begin no run after so long")
-    parser.add_argument("--variants", default=",".join(STUDIED), help="these, comma-separated, in this order")
-    parser.add_argument("--seeds", type=int, default=5, help="of each variant, 1 to 10")
-    parser.add_argument("--learned", type=float, default=LEARNED, help="share of validation prompts that a seed's base must "
-                        "pass, or the next seed is taken")
-    parser.add_argument("--steps", type=int, default=STEPS, help="where runs are compared at equal steps")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="where they are compared at equal tokens")
-    parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help="steps of SFT that make the base")
+    parser.add_argument("--variants", default=",".join(study.studied), help="these, comma-separated, in this order")
+    parser.add_argument("--seeds", type=int, default=study.seeds, help="of each variant, 1 to 10")
+    parser.add_argument("--learned", type=float, default=study.learned, help="share of validation prompts that a seed's "
+                        "base must pass, or the next seed is taken")
+    parser.add_argument("--steps", type=int, default=study.steps, help="where runs are compared at equal steps")
+    parser.add_argument("--tokens", type=int, default=study.tokens, help="where they are compared at equal tokens")
+    parser.add_argument("--sft-steps", type=int, default=study.sft_steps, help="steps of SFT that make the base")
     parser.add_argument("--rows", type=int, help="rows of each split used (default all)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv=None, study=None, doc=__doc__):
+    study = study or Study()
+    parser = options(doc, study)
     args = parser.parse_args(argv)
     if args.relatives:
-        print(relatives())
+        print(relatives(study))
         return 0
+    args.out = args.out or f"runs/{study.name}" + "-quick" * args.quick
     if args.quick:
-        args.out, args.variants, args.seeds, args.rows = "runs/study-quick", "SAPO-DPO,SFT", 2, 64
+        args.variants, args.seeds, args.rows = "SAPO-DPO,SFT", 2, 64
         args.steps, args.tokens, args.sft_steps, args.learned = 8, 10_000, 100, 0.0
     variants = args.variants.split(",")
-    if not set(variants) <= set(RELATIVES):
-        parser.error(f"--variants: choose from {', '.join(RELATIVES)}")
+    if not set(variants) <= set(study.relatives):
+        parser.error(f"--variants: choose from {', '.join(study.relatives)}")
     if not 1 <= args.seeds <= 10:
         parser.error("--seeds must be from 1 to 10")
+    for name in ("seeds", "learned", "steps", "tokens", "sft_steps"):
+        setattr(study, name, getattr(args, name))
     figures = Path(args.figures or (args.out if args.quick else ROOT / "docs/figures"))
     figures.mkdir(parents=True, exist_ok=True)
-    path = figures / "study.jsonl"
+    path = figures / f"{study.name}.jsonl"
     if args.worker:
-        go(args, variants, path)
+        go(study, args, variants, path)
         return 0
-    code = 0 if args.report else side_by_side(sys.argv[1:] if argv is None else argv, args.jobs)
+    code = 0 if args.report else side_by_side(study, sys.argv[1:] if argv is None else argv, args.jobs)
     if code:
         return code
-    results = Results(read(path), args.seeds, args.learned)
+    results = Results(read(path), study)
     tables = report(results)
-    (figures / "study.md").write_text(page(tables), "utf-8")
+    (figures / f"{study.name}.md").write_text(page(tables, study), "utf-8")
     draw(results, figures)
-    print(f"\n{tables}\n\nstudy.md, study.jsonl and the pictures are in {figures}")
+    print(f"\n{tables}\n\n{study.name}.md, {study.name}.jsonl and the pictures are in {figures}")
     return 0
 
 
