@@ -81,8 +81,9 @@ class Real(study.Study):
         if args.dtype == "bfloat16":
             self.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
         self.flags = [*f"--device cpu --batch-size {BATCH} --micro-batch {BATCH} --buffer-size {BUFFER} --segment 50% "
-                      f"--optimizer adamw --generate-rows 60 --dtype {args.dtype} --eval-every 0 --save-every 0 --keep 0 "
-                      "--eval-rows 1 --samples 0".split(), *self.lengths.split(), "--model", args.model]
+                      f"--optimizer adamw --generate-rows 120 --dtype {args.dtype} --eval-every 0 --save-every 0 --keep 0 "
+                      "--eval-rows 1 --samples 0".split(), *self.lengths.split(), "--model", args.model,
+                      "--data", args.data]
 
     def splits(self):
         """{split: [(prompt, y+, the same with a fault, whether an answer passes)]}, as many as sizes says at most."""
@@ -158,7 +159,7 @@ def right_step(asked, said):
 
 
 class Arithmetic(Real):
-    name, steps_are, tokens = "arithmetic", "steps", 85_000
+    name, steps_are, tokens = "arithmetic", "steps", 90_000
     lengths = "--max-length 384 --max-prompt-length 192 --eval-tokens 144"
 
     def steps_of(self, answer):
@@ -217,7 +218,7 @@ def meets(demand, answer):
 
 
 class Constraints(Real):
-    name, steps_are, tokens = "constraints", "", 50_000
+    name, steps_are, tokens = "constraints", "", 28_000
     lengths = "--max-length 256 --max-prompt-length 160 --eval-tokens 64"
 
     def steps_of(self, answer):
