@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import subprocess
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import train
 from buffer import collate
 from losses import score
 from machine.dataset import Data
@@ -34,12 +34,12 @@ class Failed(Exception):
 
 def base_model(seed, flags=(), out=ROOT / "runs/tiny-base", preset=QUIET):
     """The model folder of a seed's base, made by SFT alone if it is not there: the one step at learning rate 0
-    moves nothing. flags: what differs from the preset."""
+    moves nothing. flags: what differs from the preset. A process of its own, as train.py minds signals in its own way."""
     folder = Path(f"{out}-seed-{seed}")
     wanted = [*preset, *flags, "--seed", str(seed), "--steps", "1", "--lr", "0"]
     if known(folder / "made.json") != wanted:
-        train.draw_curves = lambda folder: None
-        if train.main([*wanted, "--out", str(folder), "--overwrite"]) or not (folder / "model").is_dir():
+        command = [sys.executable, str(ROOT / "train.py"), *wanted, "--out", str(folder), "--overwrite"]
+        if subprocess.run(command).returncode or not (folder / "model").is_dir():
             raise Failed(f"{folder} was not made")       # stopped, which is code 0, leaves no model
         write_json(folder / "made.json", wanted)
     return folder / "model"
