@@ -319,7 +319,7 @@ def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_pat
     path, made, plan = tmp_path / "study.jsonl", [], study.Study()
     path.write_text(json.dumps(line("base", None, 1)[1]) + '\n{"variant": "base", "lr"', "utf-8")
     monkeypatch.setattr(study, "run", lambda plan, job: line(*made[-1])[1])
-    monkeypatch.setattr(study, "job_of", lambda plan, args, key: made.append(key))
+    monkeypatch.setattr(study, "job_of", lambda plan, args, key, found: made.append(key))
     args, plan.bases, plan.seeds = SimpleNamespace(out=tmp_path, minutes=None), {"base": 1}, 2
     study.go(plan, args, ["SFT"], path)
     rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -332,6 +332,16 @@ def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_pat
         assert study.held(tmp_path, ("base", None, 1)) is None
         study.go(plan, args, ["SFT"], path)
     assert not path.exists() and study.held(tmp_path, ("base", None, 1)) is not None
+
+
+def test_a_run_from_another_base_than_its_seeds_is_refused(tmp_path, monkeypatch):
+    plan, args = study.Study(), SimpleNamespace(out=tmp_path, rows=None)
+    small_base(tmp_path / "base")
+    monkeypatch.setattr(plan, "base", lambda job: tmp_path / "base")
+    found = {("base", None, 1): {"base": "0123456789ab"}}
+    assert study.job_of(plan, args, ("base", None, 1), found)["fingerprint"] is None
+    with pytest.raises(measure.Failed, match="seed 1 .* another machine"):
+        study.run(plan, study.job_of(plan, args, ("SFT", 1e-3, 1), found))
 
 
 @pytest.mark.slow

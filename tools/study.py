@@ -13,6 +13,7 @@ pictures are written from these lines alone. Left out: memory by stage (tools/be
 
 import argparse
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -25,7 +26,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from measure import ROOT, Listening, base_model, markdown, opened, rows_of
+from measure import ROOT, Failed, Listening, base_model, markdown, opened, rows_of
 
 import numpy as np
 import torch
@@ -187,7 +188,12 @@ class Study:
 def run(study, job):
     """A line of study.jsonl: train as the job says, and measure at its marks, in steps and in tokens."""
     flags = [*CONSTANT, *job["flags"].split(), "--lr", f"{job['lr'] or 0:g}"]
-    model, text, cfg = study.opened(study.base(job), job, flags)
+    folder = study.base(job)
+    made, began_from = fingerprint(folder), job.get("fingerprint")
+    if began_from not in (None, made):
+        raise Failed(f"{folder} is not the base that the runs of seed {job['seed']} began from, which another machine makes "
+                     "in other digits: bring that folder, or begin a study in another folder of --figures")
+    model, text, cfg = study.opened(folder, job, flags)
     data, validation, test = (study.rows(split, text, cfg, job["rows"]) for split in ("train", "validation", "test"))
     marks = [("steps", job["steps"]), *(("tokens", share * job["tokens"]) for share in (0.5, 1))]
     counts, points, fresh = {"steps": 0, "generated": 0, "trained": 0, "tokens": 0}, [], []
@@ -215,7 +221,13 @@ def run(study, job):
                 points[-1] |= further(model, validation, test, text, cfg)
             began = time.perf_counter()
     return {key: job[key] for key in ("variant", "flags", "lr", "seed")} | {
-        "points": points, "pairs": binned(fresh[:job["steps"]]), "memory": peak_memory(), "torch": torch.__version__}
+        "base": made, "points": points, "pairs": binned(fresh[:job["steps"]]), "memory": peak_memory(),
+        "torch": torch.__version__}
+
+
+def fingerprint(folder):
+    """Of a model's weights, in twelve digits."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def stepper(model, data, text, cfg, autocast=nullcontext, generator=None):
@@ -333,20 +345,21 @@ def go(study, args, variants, path):
             time.sleep(2)
             continue
         with lock:
-            began, row = time.monotonic(), run(study, job_of(study, args, key))
+            began, row = time.monotonic(), run(study, job_of(study, args, key, read(path)))
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
             with open(path, "a", encoding="utf-8") as file:
                 file.write("\n" * torn + json.dumps(row) + "\n")
         print(f"{' '.join(map(str, key))}: {time.monotonic() - began:.0f} s, at least {len(left) - 1} more", flush=True)
 
 
-def job_of(study, args, key):
-    """What `run` must know."""
+def job_of(study, args, key, found):
+    """What `run` must know; fingerprint: of the base that the seed's runs begin from, once it is measured."""
     variant, lr, seed = key
     sft_steps = round(study.sft_steps * study.bases.get(variant, 1))
+    base = found.get(("base", None, seed), {})
     return {"variant": variant, "flags": study.relatives[variant][0] if lr else "", "lr": lr, "seed": seed,
-            "steps": study.steps, "tokens": study.tokens, "sft_steps": sft_steps, "rows": args.rows,
-            "bases": str(Path(args.out, f"base-{sft_steps}"))}
+            "fingerprint": base.get("base") if lr else None, "steps": study.steps, "tokens": study.tokens,
+            "sft_steps": sft_steps, "rows": args.rows, "bases": str(Path(args.out, f"base-{sft_steps}"))}
 
 
 def side_by_side(study, argv, jobs):
@@ -653,7 +666,11 @@ def main(argv=None, study=None, doc=__doc__):
     figures.mkdir(parents=True, exist_ok=True)
     path = figures / f"{study.name}.jsonl"
     if args.worker:
-        go(study, args, variants, path)
+        try:
+            go(study, args, variants, path)
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         return 0
     code = 0 if args.report else side_by_side(study, sys.argv[1:] if argv is None else argv, args.jobs)
     if code:
