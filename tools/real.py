@@ -81,7 +81,7 @@ class Real(study.Study):
         if args.dtype == "bfloat16":
             self.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
         self.flags = [*f"--device cpu --batch-size {BATCH} --micro-batch {BATCH} --buffer-size {BUFFER} --segment 50% "
-                      f"--optimizer adamw --generate-rows 120 --dtype {args.dtype} --eval-every 0 --save-every 0 --keep 0 "
+                      f"--optimizer adamw --generate-rows 12 --dtype {args.dtype} --eval-every 0 --save-every 0 --keep 0 "
                       "--eval-rows 1 --samples 0".split(), *self.lengths.split(), "--model", args.model,
                       "--data", args.data]
 
