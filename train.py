@@ -35,10 +35,10 @@ from machine.curves import draw_curves
 from machine.dataset import Draw
 from machine.files import BadInput, write_json
 from machine.flags import parse
-from machine.folders import (blank, load_pretrained, plain_weights, read_weights, save_adapter,
+from machine.folders import (blank, load_pretrained, load_weights, plain_weights, read_weights, save_adapter,
                              save_pretrained, stored_weights)
 from machine.inputs import read_inputs
-from machine.parallel import World, load_weights, slow_dtype, starting_model, twin_of, wrap
+from machine.parallel import World, slow_dtype, starting_model, twin_of, wrap
 from machine.process import Diverged, Stopped, signals
 from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text,
                             passes, print_profile, print_sample, show_pair, show_rows, table_text,

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from buffer import pack, unpack
 from machine.files import BadInput, flush, new_folder, plain_file, read_json, write_json
-from machine.parallel import shard_like
+from machine.folders import load_weights, shard_like
 from model import own_parameters, unshard
 from sapo import stream
 
@@ -54,49 +54,44 @@ def to_disk(value, name, folder):
         (folder / f"{name}.json").write_text(json.dumps(plain), "utf-8")
 
 
-def from_disk(folder, name, place=None):
-    """What `to_disk` wrote. Tensors are read one at a time; place(keys, tensor), where given, takes each,
-    `keys` being its way through the dicts, and what it returns stands in the tensor's stead."""
+def from_disk(folder, name):
+    """What `to_disk` wrote."""
     with safe_open(folder / f"{name}.safetensors", "pt") as f:
-        def walk(v, keys):
+        def walk(v):
             if isinstance(v, list):
-                return [walk(x, keys) for x in v]
+                return [walk(x) for x in v]
             if not isinstance(v, dict):
                 return v
             if "#array" in v:
                 return f.get_tensor(v["#array"]).numpy()
-            if "#tensor" in v:
-                tensor = f.get_tensor(v["#tensor"])
-                return place(keys, tensor) if place else tensor
-            return {k: walk(x, (*keys, k)) for k, x in v.items()}
+            return f.get_tensor(v["#tensor"]) if "#tensor" in v else {k: walk(x) for k, x in v.items()}
 
-        return walk(json.loads((folder / f"{name}.json").read_text("utf-8")), ())
+        return walk(json.loads((folder / f"{name}.json").read_text("utf-8")))
 
 
-@torch.no_grad()
+def tensors_of(folder, name):
+    """(key, tensor) of each tensor that `to_disk` wrote for a dict, one at a time."""
+    with safe_open(folder / f"{name}.safetensors", "pt") as f:
+        for key in f.keys():
+            yield key.removeprefix(f"{name}."), f.get_tensor(key)
+
+
 def load_models(folder, models):
     """Fill {name: model}, sharded or not, from a checkpoint."""
     for name, model in models.items():
-        parameters = own_parameters(model)
-
-        def place(keys, tensor):
-            if keys[0] in parameters:
-                parameters[keys[0]].copy_(shard_like(tensor, parameters[keys[0]]))
-
-        if from_disk(folder, name, place).keys() != parameters.keys():
+        if read_json(folder / f"{name}.json").keys() != own_parameters(model).keys():
             raise BadInput(f"{folder}: holds other weights than source/config.json asks for")
+        load_weights(model, tensors_of(folder, name))
 
 
 def load_optimizer(folder, model, optimizer):
     """Give an optimizer its state back, whatever the number of processes then and now."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-    def place(keys, tensor):
-        return shard_like(tensor, named[keys[0]]) if tensor.dim() else tensor
-
-    saved = from_disk(folder, "optimizer", place)
-    state = optimizer.state_dict()
-    state["state"] = {i: saved[name] for i, name in enumerate(named) if name in saved}
+    numbers, state = {name: i for i, name in enumerate(named)}, optimizer.state_dict()
+    for key, tensor in tensors_of(folder, "optimizer"):
+        name, _, moment = key.rpartition(".")
+        moments = state["state"].setdefault(numbers[name], {})
+        moments[moment] = shard_like(tensor, named[name]) if tensor.dim() else tensor
     optimizer.load_state_dict(state)
 
 

@@ -108,7 +108,8 @@ def load_pretrained(folder, dtype=torch.float32, device="cpu"):
     Tensor by tensor, so that memory holds one copy of the model and one tensor more.
     """
     config = read_config(folder)
-    return blank(config, dtype, device, read_weights(folder, check_weights(folder, config)))
+    weights = read_weights(folder, check_weights(folder, config))
+    return load_weights(blank(config, dtype, device), weights)
 
 
 def read_weights(folder, files=None):
@@ -121,23 +122,33 @@ def read_weights(folder, files=None):
                     yield name, f.get_tensor(name)
 
 
-@torch.no_grad()
-def blank(config, dtype=torch.float32, device="cpu", weights=()):
-    """A Transformer whose weights are `weights`, (name, tensor) pairs, or are yet to be filled."""
+def blank(config, dtype=torch.float32, device="cpu"):
+    """A Transformer whose weights are yet to be filled."""
     with torch.device("meta"):
-        model = Transformer(config)
-    values = {}
-    for name, p in model.named_parameters():
-        values[name] = torch.empty(p.shape, dtype=dtype, device=device)
-    for name, tensor in weights:
-        if name in values:                               # all but a tied head, which equals the embedding
-            values[name].copy_(tensor)
-    if config.tie_word_embeddings:
-        values["lm_head.weight"] = values["model.embed_tokens.weight"]
-    model.load_state_dict(values, assign=True)
-    if config.tie_word_embeddings:
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:                       # which `to_empty` has parted
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
+    return model
+
+
+@torch.no_grad()
+def load_weights(model, weights):
+    """Copy (name, whole tensor) pairs into a model that may be sharded, one at a time. Returns the model."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in weights:
+        if name in parameters:                           # all but a tied head, which equals the embedding
+            parameters[name].copy_(shard_like(tensor, parameters[name]))
+    return model
+
+
+def shard_like(tensor, parameter):
+    """A whole tensor, placed and sharded as `parameter` is."""
+    tensor = tensor.to(parameter.device)
+    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def saved_dtype(folder):

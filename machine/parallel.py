@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from machine.files import BadInput
-from machine.folders import blank, load_pretrained, read_weights
+from machine.folders import blank, load_pretrained, load_weights, read_weights
 from model import Transformer, add_lora, twin
 from sapo import copy_parameters, stream
 
@@ -102,25 +102,6 @@ def shard(model, world, half):
     return fully_shard(model, reshard_after_forward=True, **how)
 
 
-def shard_like(tensor, parameter):
-    """A whole tensor, placed and sharded as `parameter` is."""
-    tensor = tensor.to(parameter.device)
-    if not hasattr(parameter, "placements") or tensor.shape != parameter.shape:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-@torch.no_grad()
-def load_weights(model, weights):
-    """Copy (name, whole tensor) pairs into a model that may be sharded, one at a time."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in weights:
-        if name in parameters:
-            parameters[name].copy_(shard_like(tensor, parameters[name]))
-    return model
-
-
 # ------------------------------------------------------------------------ models of a run
 def starting_model(cfg, config, base, world, half, blank_only=False):
     """The policy before the first step, from the folder `base` or from nothing.
@@ -128,20 +109,16 @@ def starting_model(cfg, config, base, world, half, blank_only=False):
     blank_only: one to be filled by a checkpoint. half: the dtype of an adapter's base, and of compute.
     """
     rng = torch.Generator().manual_seed(stream(cfg.seed, "weights"))
-    fresh = cfg.from_scratch and not blank_only
     if cfg.lora:
         model = load_pretrained(base, half, world.device)
         model = add_lora(model, cfg.lora, cfg.lora_alpha, rng, cfg.lora_projections.split(","))
-    elif cfg.shard:
-        model = shard(blank(config), world, half is torch.bfloat16)
-        if fresh:
+    else:
+        model = blank(config, device="cpu" if cfg.shard else world.device)
+        model = shard(model, world, half is torch.bfloat16) if cfg.shard else model
+        if cfg.from_scratch and not blank_only:
             load_weights(model, Transformer(config).init_weights(rng).named_parameters())
         elif not blank_only:
             load_weights(model, read_weights(base))
-    elif fresh:
-        model = Transformer(config).init_weights(rng).to(world.device)
-    else:
-        model = blank(config).to(world.device) if blank_only else load_pretrained(base, device=world.device)
     model.gradient_checkpointing = cfg.gradient_checkpointing
     return model
 

@@ -518,9 +518,9 @@ def test_a_signal_while_the_program_is_loaded_ends_it_in_one_line(world, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["read_data", "load_pretrained", "starting_model"])
+@pytest.mark.parametrize("name", ["read_data", "read_weights", "starting_model"])
 def test_a_signal_while_a_run_prepares_ends_it_at_once(whole, world, tmp_path, name):
-    places = {"read_data": "machine.inputs.read_data", "load_pretrained": "machine.parallel.load_pretrained", "starting_model": "starting_model"}
+    places = {"read_data": "machine.inputs.read_data", "read_weights": "machine.parallel.read_weights", "starting_model": "starting_model"}
     out = tmp_path / "run"
     flags = tuned(world, whole / "model")
     printed = run(out, *flags, hook=stop_at(places[name], 1))
