@@ -202,25 +202,14 @@ def new_run(out, files, config, run, overwrite):
     import importlib.metadata as metadata
     libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in libraries}
-    with contextlib.ExitStack() as last:
-        with new_folder(out, claim=True) as temporary:
-            (temporary / "source").mkdir()
-            for name, content in files.items():
-                (temporary / "source" / name).write_bytes(content)
-            write_json(temporary / "source" / "config.json", config)
-            write_json(temporary / "config.json", run | {"versions": versions})
-            held = lock(temporary)
-            if overwrite and (out / "config.json").is_file():
-                last.enter_context(lock(out) or contextlib.nullcontext())
-                last.callback(let_go, out.rename(temporary.with_suffix(".old")), out)
-    return held
-
-
-def let_go(old, out):
-    """Delete the run that made way, or put it back where nothing took its place."""
-    if not out.exists():
-        old.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    there = overwrite and (out / "config.json").is_file()
+    with there and lock(out) or contextlib.nullcontext(), new_folder(out, replace=there) as temporary:
+        (temporary / "source").mkdir()
+        for name, content in files.items():
+            (temporary / "source" / name).write_bytes(content)
+        write_json(temporary / "source" / "config.json", config)
+        write_json(temporary / "config.json", run | {"versions": versions})
+        return lock(temporary)
 
 
 def origin_of(out):

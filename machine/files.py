@@ -75,16 +75,16 @@ def plain_file(path):
 
 
 @contextmanager
-def new_folder(folder, claim=False):
+def new_folder(folder, replace=True):
     """A temporary folder to write into, named `folder` at the end, once the disk holds it: whole or not
     there.
 
-    What had that name is moved aside before, and deleted after. With `claim` it stays: the name must be free,
-    or an empty folder's, and one of several processes gets it, in one step, the others BadInput. What fails
-    is deleted: a full disk needs room.
+    What had that name makes way, and is deleted after, or put back where nothing took its place. Without
+    `replace` it stays: the name must be free, or an empty folder's, and one of several processes gets it, in
+    one step, the others BadInput. What fails is deleted: a full disk needs room.
     """
     folder = Path(folder)
-    own = f".{secrets.token_hex(4)}" if claim else ""
+    own = "" if replace else f".{secrets.token_hex(4)}"
     temporary, old = folder.with_name(f".{folder.name}{own}.tmp"), folder.with_name(f".{folder.name}.old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -92,19 +92,22 @@ def new_folder(folder, claim=False):
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             flush(path)
-        if folder.exists() and not claim:
+        if replace and folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         with suppress(OSError):
             folder.rmdir()                               # if it is empty
         temporary.rename(folder)                         # which a folder that holds anything withstands
         flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if claim and getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise BadInput(f"{folder}: another process has just taken this name; choose another") from None
         raise
+    finally:
+        if replace and old.exists() and not folder.exists():
+            old.rename(folder)
+        for path in (temporary, old) if replace else (temporary,):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path):
