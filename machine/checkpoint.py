@@ -212,15 +212,6 @@ def new_run(out, files, config, run, overwrite):
         return lock(temporary)
 
 
-def origin_of(out):
-    """(dtype, commit) of the checkpoint that a run was made from."""
-    run = read_json(out / "config.json")
-    name = run.get("dtype")
-    if name not in ("float32", "bfloat16", "float16"):
-        raise BadInput(f"{out / 'config.json'}: dtype is {name!r}; put the file back as the run wrote it")
-    return getattr(torch, name), run.get("model_commit")
-
-
 def clear_up(out):
     """Delete what a killed process was about to write in a run folder."""
     for pattern in ("*.tmp", ".*.old", "checkpoint/*.tmp", "checkpoint/.*.old"):

@@ -9,7 +9,7 @@ import torch
 from machine import checkpoint
 from machine.config import config_to_dict, read_config
 from machine.dataset import read_data
-from machine.files import BadInput
+from machine.files import BadInput, read_json
 from machine.flags import LAYOUT, PATHS, Config, batches, flag_of, resolved
 from machine.folders import (BESIDE, WEIGHTS, check_weights, companions, find_model, refuse_links,
                              saved_dtype)
@@ -90,7 +90,9 @@ def _read(command, base, commit, world):
     refuse_links(source)
     dtype = torch.float32
     if resume:
-        dtype, commit = checkpoint.origin_of(resume)
+        run = read_json(resume / "config.json")
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(run.get("dtype")), dtype)
+        commit = run.get("model_commit")
     elif commit:                                 # the branch may move, the run's model does not
         cfg = dataclasses.replace(cfg, model=f"{cfg.model.partition('@')[0]}@{commit}")
     cfg = resolved(cfg, config.max_position_embeddings, world.size)
