@@ -33,7 +33,7 @@ from losses import batch_logps, by_text
 from machine import checkpoint
 from machine.curves import draw_curves
 from machine.dataset import Draw
-from machine.files import BadInput, write_json
+from machine.files import BadInput, write_json, write_whole
 from machine.flags import parse
 from machine.folders import (blank, load_pretrained, load_weights, plain_weights, read_weights, save_adapter,
                              save_pretrained, stored_weights)
@@ -42,7 +42,7 @@ from machine.parallel import World, slow_dtype, starting_model, twin_of, wrap
 from machine.process import Diverged, Stopped, signals
 from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text,
                             passes, print_profile, print_sample, show_pair, show_rows, table_text,
-                            write_samples, write_whole)
+                            write_samples)
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 

@@ -52,12 +52,16 @@ def json_or_nothing(content, name):
         return {}
 
 
-def write_json(path, value):
-    """Pretty JSON, through a temporary name."""
-    path = Path(path)
+def write_whole(path, text):
+    """A text file that is whole or not there."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(to_json(value, indent=2) + "\n", "utf-8")
+    temporary.write_text(text, "utf-8")
     temporary.replace(path)
+
+
+def write_json(path, value):
+    """Pretty JSON, whole or not there."""
+    write_whole(Path(path), to_json(value, indent=2) + "\n")
 
 
 def to_json(value, **how):

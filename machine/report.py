@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from buffer import collate
 from losses import WITH_REFERENCE, score
-from machine.files import plain_file, to_json
+from machine.files import plain_file, to_json, write_whole
 from machine.flags import flag_of
 from machine.process import one_line
 from model import generate
@@ -284,13 +284,6 @@ def print_profile(seconds, stages, device):
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             print(f"peak memory {peak / 2**30:.2f} GB")
-
-
-def write_whole(path, text):
-    """A text file that is whole or not there."""
-    temporary = path.with_name(f".{path.stem}.tmp")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
 
 
 def write_samples(path, examples, text, answers):

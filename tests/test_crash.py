@@ -437,7 +437,7 @@ def full_from(number, out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["source", "checkpoint/.step-00000002.tmp/policy.s", "checkpoint/.step-00000004.tmp/shared.j", "manifest.json.tmp", "step-00000006", ".model.", ".ema.",
-                                  ".samples.tmp", "results.json.tmp"])
+                                  "samples.jsonl.tmp", "results.json.tmp"])
 def test_no_room_for_any_kind_of_write_is_one_line_and_no_harm(world, whole, tmp_path, kind):
     """At the first write of that kind the disk is full, whatever it is."""
     out = tmp_path / "run"
