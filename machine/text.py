@@ -180,9 +180,7 @@ class Text:
                 raise BadInput("the data are conversations, but the checkpoint has no chat template; give "
                                "one with --chat-template FILE")
             return [row.turns] + [row.turns + self._open(answer)["content"] for answer in answers]
-        turns, texts = self._turns(row), []
-        opening = self.render(turns, True, **row.more)
-        self._all_there(turns, row)
+        texts, opening = [], self.render(self._turns(row), True, **row.more)
         for answer in map(self._open, answers):
             start, reply, _ = self._reply(row, answer, opening)
             self._all_used(row, answer, remarks)
@@ -191,27 +189,6 @@ class Text:
                 remarks.add("the prompt is rendered otherwise alone than in the whole conversation, and is "
                             "trained as it is at inference", row, f"{opening[-60:]!r} is not {start[-60:]!r}")
         return [opening, *texts]
-
-    def _all_there(self, turns, row):
-        """BadInput if the template drops a turn, though its text may stand elsewhere in the prompt. Rows with
-        the same roles and keys are rendered alike, so the first of them is asked for all."""
-        shape = tuple((turn["role"], not turn["content"].strip(), *sorted(turn)) for turn in turns)
-        if (shape, *row.more) in self.complete:
-            return
-        marked, marks = [], {}
-        for i, turn in enumerate(turns):
-            if turn["role"] != "assistant" and turn["content"].strip():
-                marks[i] = f"\ue000{i}\ue001"
-            marked.append(turn | {"content": marks.get(i, turn["content"])})
-        try:
-            text = self.render(marked, True, **row.more)
-        except BadInput:                 # a template that reads what is written
-            return
-        for i, mark in marks.items():
-            if mark not in text:
-                raise BadInput(f"the chat template drops the turn {_short(turns[i]['content'])}, role "
-                               f"{turns[i]['role'][:20]}")
-        self.complete.add((shape, *row.more))
 
     def _open(self, answer):
         """An answer without the end tokens that are typed at its end."""
@@ -262,23 +239,33 @@ class Text:
         return theirs + same
 
     def _all_used(self, row, answer, remarks):
-        """A key of a message or of the row of which the template makes nothing is remarked; BadInput if it is
-        one that changes what the row means."""
-        def both(messages, more):
+        """BadInput if the template drops a turn, though its text may stand elsewhere in the prompt, or makes
+        nothing of a key that changes what the row means; another such key is remarked. Rows with the same
+        roles and keys are rendered alike, so the first of them is asked about its turns for all."""
+        def both(messages, more=row.more):
             try:
-                return self.render(messages[:-1], True, **more) + self.render(messages, **more)
-            except BadInput:
-                return None
+                return self.render(messages[:-1], True, **more), self.render(messages, **more)
+            except BadInput:             # of a template that reads what is written
+                return None, None
 
         def without(key, value):
             return {k: v for k, v in value.items() if k != key}
 
         messages = self._turns(row) + [answer]
+        shape = (*row.more, *((m["role"], not m["content"].strip(), *sorted(m)) for m in messages))
+        asks = [m["role"] != "assistant" and m["content"].strip() for m in messages[:-1]]
+        marked = [m | {"content": f"\ue000{i}\ue001"} if asks[i] else m for i, m in enumerate(messages[:-1])]
+        text = None if shape in self.complete else both([*marked, answer])[0]
+        for turn, other in zip(messages, marked if text is not None else ()):
+            if other is not turn and other["content"] not in text:
+                raise BadInput(f"the chat template drops the turn {_short(turn['content'])}, role "
+                               f"{turn['role'][:20]}")
+        self.complete.add(shape)
         tried = []
         for key in sorted({key for message in messages for key in message} - {"role", "content"}):
             tried.append((key, [without(key, message) for message in messages], row.more))
         for key, less, more in tried + [(key, messages, without(key, row.more)) for key in row.more]:
-            if both(messages, row.more) != both(less, more):
+            if both(messages) != both(less, more):
                 continue
             if key in MEANING:
                 raise BadInput(f"the chat template does not write {key!r}; take it out of the data, or "
