@@ -264,12 +264,3 @@ def stored_weights(name):
         return weight_files(name if Path(name).is_dir() else fetch(name, WEIGHTS, local_files_only=True))
     except BadInput:
         return {}
-
-
-def refuse_links(folder):
-    """A model folder is partly copied into the run's: its files must be its own, or of the hub's cache."""
-    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
-    for path in folder.iterdir():
-        inside = any(path.resolve().is_relative_to(home) for home in homes)
-        if path.is_symlink() and not path.is_dir() and not inside:
-            raise BadInput(f"{path}: a link out of the model folder; put the file itself there")

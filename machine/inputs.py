@@ -11,8 +11,7 @@ from machine.config import config_to_dict, read_config
 from machine.dataset import read_data
 from machine.files import BadInput, read_json
 from machine.flags import LAYOUT, PATHS, Config, batches, flag_of, resolved
-from machine.folders import (BESIDE, WEIGHTS, check_weights, companions, find_model, refuse_links,
-                             saved_dtype)
+from machine.folders import BESIDE, WEIGHTS, check_weights, companions, find_model, saved_dtype
 from machine.rows import read_rows
 from machine.text import Text
 from model import ModelConfig
@@ -87,7 +86,6 @@ def _read(command, base, commit, world):
     rows = {name: read_rows(getattr(cfg, name)) for name in FILES if getattr(cfg, name)}
     source = resume / "source" if resume else base
     config = read_config(source)
-    refuse_links(source)
     dtype = torch.float32
     if resume:
         run = read_json(resume / "config.json")

@@ -162,15 +162,6 @@ def index(file, tensor="lm_head.weight"):
     return damage, GOOD
 
 
-def link(file, target):
-    """A file of the model folder moved out of it, to `target`, and a symbolic link put in its place."""
-    def damage(folder):
-        (folder / target).parent.mkdir(exist_ok=True)
-        (folder / "model" / file).rename(folder / target)
-        (folder / "model" / file).symlink_to(folder / target)
-    return damage, GOOD
-
-
 def both(*ways):
     """Several things done, and the last command line."""
     def damage(folder):
@@ -334,11 +325,6 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "an index that promises what the shard lacks": (index("part.safetensors", "model.more.weight"), "model.more.weight", "missing"),
     "an index that points to ../": (index("../rows.jsonl"), "../rows.jsonl", "not a file name in this folder"),
     "an index that points to /": (index("/etc/passwd"), "/etc/passwd", "not a file name in this folder"),
-    "weights that are a link out of the folder": (link("model.safetensors", "elsewhere/w.safetensors"),
-                                                   "model.safetensors", "link out of the model folder"),
-    "a licence that is a link out of the folder": (both(files(note="secret"), (
-        lambda f: (f / "model/LICENSE.txt").symlink_to(f / "notes/note.txt"), GOOD)),
-                                                   "LICENSE.txt", "link out of the model folder"),
 
     # -- tokenizer and chat template
     "no tokenizer": (files(tokenizer=None), "no tokenizer.json", "copy it"),
