@@ -20,7 +20,7 @@ from model import LoRA, Transformer, unshard
 def weight_files(folder):
     """{tensor name: (file, shape, dtype)} from the safetensors headers of a model folder."""
     folder, found = Path(folder), {}
-    for path, expected in _shards(folder).items():
+    for path in _shards(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"{path}: not a file")        # a pipe would be waited for
         try:
@@ -28,31 +28,26 @@ def weight_files(folder):
                 for name in f.keys():
                     part = f.get_slice(name)
                     found[name] = (path, tuple(part.get_shape()), part.get_dtype())
-                missing = expected - set(f.keys())
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{path}: not a sound safetensors file ({error})") from None
-        if missing:
-            raise BadInput(f"{path}: {min(missing)} is missing, though the index says it is here")
     return {name: value for name, value in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _shards(folder):
-    """{file: names that the index expects in it}."""
+    """The files that hold a model folder's weights."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists():
-        return {single: set()}
+        return [single]
     if not index.exists():
         raise BadInput(f"{folder}: no model.safetensors; convert pickled weights to safetensors first")
     table = read_json(index)
     table = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(table, dict) or not table:
         raise BadInput(f"{index}: no weight_map in it")
-    files = {}
     for name, file in table.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise BadInput(f"{index}: {name} points to {file!r}, which is not a file name in this folder")
-        files.setdefault(folder / file, set()).add(name)
-    return files
+    return sorted({folder / file for file in table.values()})
 
 
 def check_weights(folder, config):

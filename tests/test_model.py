@@ -639,7 +639,6 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "an index with an absolute path": (index({"lm_head.weight": "/etc/passwd"}), "file name in this folder"),
     "an index of numbers": (index({"lm_head.weight": 7}), "file name in this folder"),
     "an index to a file that is not there": (index({"lm_head.weight": "none.safetensors"}), "none.safetensors"),
-    "an index that promises too much": (index({"model.more.weight": "part.safetensors"}), "model.more.weight"),
     "an index that is a list": (index([], whole=True), "weight_map"),
     "an index whose map is a list": (index({"weight_map": ["lm_head.weight"]}, whole=True), "weight_map"),
     "an index without a map": (index({"metadata": {}}, whole=True), "weight_map"),

@@ -152,13 +152,13 @@ def weights(change):
     return damage, GOOD
 
 
-def index(file, tensor="lm_head.weight"):
-    """An index in place of the one file, in which `tensor` is said to be in `file`."""
+def index(file):
+    """An index in place of the one file, in which lm_head.weight is said to be in `file`."""
     def damage(folder):
         folder /= "model"
         (folder / "model.safetensors").rename(folder / "part.safetensors")
         names = dict.fromkeys(load_file(folder / "part.safetensors"), "part.safetensors")
-        write(folder / "model.safetensors.index.json", {"weight_map": names | {tensor: file}})
+        write(folder / "model.safetensors.index.json", {"weight_map": names | {"lm_head.weight": file}})
     return damage, GOOD
 
 
@@ -322,7 +322,6 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a tensor of another shape": (weights(lambda w: w.update({TOP + "mlp.up_proj.weight": torch.ones(24, 28)})), "(24, 28)", "(28, 24)"),
     "weights that are whole numbers": (weights(lambda w: w.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)})), "I8", "float32"),
     "a shard that is missing": (index("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors", "not a sound safetensors file"),
-    "an index that promises what the shard lacks": (index("part.safetensors", "model.more.weight"), "model.more.weight", "missing"),
     "an index that points to ../": (index("../rows.jsonl"), "../rows.jsonl", "not a file name in this folder"),
     "an index that points to /": (index("/etc/passwd"), "/etc/passwd", "not a file name in this folder"),
 
