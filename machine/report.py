@@ -1,13 +1,11 @@
 """What a run says of itself: at its start, on held-out rows, in its log, and at its end. Leaves out pictures
 (curves.py)."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
-import sys
 import time
 from itertools import repeat
 from pathlib import Path
@@ -272,18 +270,12 @@ def table_text(table, rows):
 
 
 def print_profile(seconds, stages, device):
-    """Where the time went, and the memory."""
+    """Where the time went, and a GPU's memory."""
     shares = sorted((stages | {"other": seconds - sum(stages.values())}).items(), key=lambda x: -x[1])
     parts = [f"{name} {share / seconds:.0%}" for name, share in shares if share / seconds >= 0.005]
     print(f"\n{seconds:.0f} s: " + ", ".join(parts))
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    else:
-        with contextlib.suppress(ImportError):           # not on Windows
-            import resource
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            print(f"peak memory {peak / 2**30:.2f} GB")
 
 
 def write_samples(path, examples, text, answers):
