@@ -289,8 +289,6 @@ class Run:
             parts = pair_text(self.state.buffer.pairs[-1], self.text)
             log.write("pairs", parts)
             pair = "\n" + show_pair(parts)
-        if metrics.get("ema/distance") == 0 and metrics["learning_rate"] > 0:
-            log.say("warning: no parameter moved; is the learning rate below what float32 can add?")
         return line, pair
 
     # -- evaluation
