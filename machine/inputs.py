@@ -34,7 +34,6 @@ class Inputs:
     text: Text
     data: list                  # Data to train on, to evaluate on, for SFT
     steps: int                  # of SAPO
-    processes: int
 
     def fingerprints(self):
         return {name: data.fingerprint() for name, data in zip(FILES, self.data)}
@@ -58,7 +57,7 @@ class Inputs:
     def new_run(self):
         """The run folder, with what was asked for and what it is made from. Returns its lock."""
         run = {"layout": LAYOUT, "settings": dataclasses.asdict(self.cfg), "preset": self.preset,
-               "steps": self.steps, "world_size": self.processes, "model_commit": self.commit,
+               "steps": self.steps, "model_commit": self.commit,
                "data": [d.note for d in self.data],
                "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos)}
         config = config_to_dict(self.config, self.dtype)
@@ -105,5 +104,4 @@ def _read(command, base, commit, world):
     if not resume and world.first:
         read = {flag_of(name): getattr(cfg, name) for name in ("model", "chat_template", *FILES)}
         checkpoint.may_write(Path(cfg.out), cfg.overwrite, read)
-    return Inputs(cfg, command.preset, base, commit, config, files, notes, dtype, text, data, steps,
-                  world.size)
+    return Inputs(cfg, command.preset, base, commit, config, files, notes, dtype, text, data, steps)
