@@ -2,10 +2,11 @@
 
 import datetime
 import json
+import re
 from pathlib import Path
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from machine.files import BadInput
@@ -33,16 +34,6 @@ def find_template(files, settings, template_file):
     return source
 
 
-class Generation(Extension):
-    """{% generation %} marks the assistant's tokens for others; here it only renders what it holds."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        held = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(held, lineno=line)
-
-
 def compile_template(source):
     """A chat template in jinja2's immutable sandbox, with transformers' filters and globals.
 
@@ -57,10 +48,12 @@ def compile_template(source):
                           sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[Generation, loopcontrols])
+                                                extensions=[loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": datetime.datetime(2024, 7, 26).strftime}
+    # {% generation %} marks the assistant's tokens for others; here it is a block that renders what it holds
+    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", r"\1\2with", source)
     try:
         return environment.from_string(source)
     except Exception as error:           # constants are folded here, so this can raise anything as well
