@@ -82,25 +82,24 @@ class Row:
         for text in (prompt, answer):
             self.need(type(text) is not str or not _is_packed(text),
                       "a list of messages is stored as a text; decode it once with json.loads")
-        if type(prompt) is list:
-            self.need(self._messages(prompt, "prompt")[-1]["role"] != "assistant",
+        if type(prompt) not in (str, type(None)):
+            prompt = self._messages(prompt, "prompt")
+            self.need(prompt[-1]["role"] != "assistant",
                       "prompt ends in an assistant's message, which would be closed; put it into the answer")
         if type(answer) is str and key != "messages":
             self.need("prompt" in raw, f"prompt is missing; {NEED}")
-            turns = prompt if type(prompt) is str else self._messages(prompt, "prompt")
-            return turns, self._answer(answer, key)
+            return prompt, self._answer(answer, key)
         whole = self._messages(answer, key)
-        if type(prompt) is list and whole[:len(prompt)] != self._messages(prompt, "prompt"):
+        if type(prompt) is list and whole[:len(prompt)] != prompt:
             self.need(whole[0]["role"] == "assistant",
                       f"{key} begins neither with prompt nor with an answer to it")
             self.need(len(whole) == 1 or "rejected" not in raw,
                       f"{key} has several messages; with a rejected one, put all but the last into prompt")
-            whole = self._messages(prompt, "prompt") + whole
+            whole = prompt + whole
         elif type(prompt) is str and whole[0]["role"] == "assistant":
             whole = [{"role": "user", "content": prompt}] + whole
         elif type(prompt) is str:
             self._nothing_more(prompt, whole)
-        self.need(type(prompt) in (str, list, type(None)), "prompt must be a text or a list of messages")
         self.need(whole[-1]["role"] == "assistant", "the last message must be the assistant's")
         self.need(len(whole) > 1, "a conversation needs a message before the assistant's answer")
         self._not_empty(whole[-1], key)
@@ -154,11 +153,9 @@ def _is_packed(text):
 
 
 def _is_verifier(value):
-    if not isinstance(value, dict) or set(value) - {"must", "must_not"}:
-        return False
-    if not all(isinstance(words, list) for words in value.values()):
-        return False
-    return all(isinstance(word, str) and word for words in value.values() for word in words)
+    lists = isinstance(value, dict) and all(isinstance(words, list) for words in value.values())
+    return (lists and set(value) <= {"must", "must_not"}
+            and all(isinstance(word, str) and word for words in value.values() for word in words))
 
 
 # ---------------------------------------------------------------------------------- files
