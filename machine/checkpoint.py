@@ -179,7 +179,6 @@ def may_write(out, overwrite, inputs):
     try:
         with contextlib.suppress(FileNotFoundError):
             out.with_name(f".{out.name}.12345678.tmp").lstat()       # where the folder begins to be written
-        next(p for p in out.resolve().parents if p.exists())
     except (OSError, ValueError) as error:               # too long, with a NUL, below a file, no name at all
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"--out {out}: no folder can be made there ({reason}); choose another name") from None

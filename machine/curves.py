@@ -90,8 +90,6 @@ def draw_panel(axis, title, unit, names, runs):
             axis.plot(x, y, label=label, **how)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("step", fontsize=9)
-    if len(x) == 1:                                      # --steps 0: the starting model alone
-        axis.set_xticks(x)
     rows = dict.fromkeys(str(panels["rows"]) for panels in runs.values())
     axis.set_ylabel(unit.format(rows=" and ".join(rows)), fontsize=9)
     axis.grid(alpha=0.25)

@@ -112,7 +112,7 @@ class Evaluation:
         return table
 
     def log_probs(self, model):
-        sums, gaps = np.zeros(5), []     # nll, tokens, ranked right, change of the gap, rows
+        sums, gaps = np.zeros(4), []     # nll, tokens, ranked right, change of the gap
         for i in range(0, self.share, self.cfg.micro_batch):
             self.poll()
             part = self.pairs[i:i + self.cfg.micro_batch]
@@ -126,10 +126,9 @@ class Evaluation:
             start = self.gaps[i:i + self.cfg.micro_batch] or gap.tolist()
             gaps += gap.tolist()
             change = math.fsum(gap.tolist()) - math.fsum(start)
-            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right, change, len(gap)]
+            sums += [-chosen.sum().item(), lengths[:, 0].sum().item(), right, change]
         self.gaps = self.gaps or gaps
-        sums = self.world.sum(sums.tolist())
-        rows = sums[4]
+        sums, rows = self.world.sum(sums.tolist()), len(self.data)
         return {"nll": sums[0] / sums[1], "ranking_accuracy": sums[2] / rows, "gap_change": sums[3] / rows}
 
     def verified(self, model, temperature=0, top_k=0, top_p=1.0):

@@ -38,7 +38,6 @@ BREAKS = {      # how the text of a token ends that ends a sentence, or a line
     "line": r"\n[^\S\n]*\Z"}
 
 
-# ----------------------------------------------------------------------------------- text
 class Text:
     """Tokenizer and chat template of a checkpoint, from its companion files {name: bytes}.
 
