@@ -23,7 +23,6 @@ NUMBERS = {     # key: (default, lowest, highest); a default that is a string is
     "intermediate_size": (None, 1, 2**24), "num_hidden_layers": (None, 1, 10_000),
     "num_attention_heads": (None, 1, 2**14), "num_key_value_heads": ("num_attention_heads", 1, 2**24),
     "max_position_embeddings": (2048, 1, 2**31), "rms_norm_eps": (1e-6, 0, 1)}
-FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window")
 EXPERTS = "mixture-of-experts models are not implemented"
 REFUSED = (     # key, what makes it impossible, what is said of it
     ("model_type", lambda v: v == "gemma3", "model_type {!r} takes images, gemma3_text does not"),
@@ -54,9 +53,6 @@ def config_from_dict(raw):
     if not isinstance(family, str) or family not in FAMILIES:
         raise BadInput(f"config.json: model_type {family!r} is not implemented; {', '.join(FAMILIES)} are")
     raw, gemma = FAMILIES[family] | raw, family == "gemma3_text"
-    for key in FLAGS:
-        if raw.get(key) not in (None, True, False):
-            raise BadInput(f"config.json: {key} is {raw[key]!r}; it must be true or false")
     numbers = {}
     for key, (default, low, high) in NUMBERS.items():
         numbers[key] = _number(raw, key, numbers.get(default, default), low, high)
@@ -76,8 +72,6 @@ def config_from_dict(raw):
         raise BadInput(f"config.json: {heads} query heads cannot share {keys} key-value heads evenly")
     if config.head_dim % 2:
         raise BadInput(f"config.json: head_dim {config.head_dim} is odd; rotary positions need an even one")
-    if hidden % heads and not raw.get("head_dim"):
-        raise BadInput(f"config.json: {heads} heads do not divide hidden_size {hidden}, head_dim is missing")
     return config
 
 
