@@ -51,17 +51,13 @@ def _shards(folder):
 
 
 def check_weights(folder, config):
-    """Compare names and shapes in the files with what the config asks for; BadInput if they differ.
-
-    Takes biases that the config does not state from the files. Returns weight_files.
-    """
+    """Compare names and shapes in the files with what the config asks for; BadInput if they differ. Returns
+    weight_files."""
     files = weight_files(folder)
     layers = {n.split(".")[2] for n in files if n.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:          # before anything of that size is built
         said = config.num_hidden_layers
         raise BadInput(f"{folder}: config.json says {said} layers, the weights hold {len(layers)}")
-    if config.source.get("model_type") in ("llama", "mistral"):    # the Qwen families' are not optional
-        _find_biases(folder, config, files)
     with torch.device("meta"):
         wanted = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -83,18 +79,6 @@ def check_weights(folder, config):
             raise BadInput(f"{folder}: config.json ties lm_head to the embedding, but the file holds a "
                            "different lm_head; set tie_word_embeddings to false")
     return files
-
-
-def _find_biases(folder, config, files):
-    """Set the config's attention biases by the names in the files, which must not contradict it."""
-    stated = config.source.get("attention_bias")
-    config.qkv_bias = any(name.endswith("q_proj.bias") for name in files)
-    config.o_bias = any(name.endswith("o_proj.bias") for name in files)
-    if stated is not None and stated != config.qkv_bias:
-        found = config.qkv_bias
-        raise BadInput(f"{folder}: config.json says attention_bias {stated}, the weights say {found}")
-    if stated is None and config.qkv_bias and config.o_bias:    # on resume there is only the config to go by
-        config.source = config.source | {"attention_bias": True}
 
 
 def load_pretrained(folder, dtype=torch.float32, device="cpu"):

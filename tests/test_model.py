@@ -605,8 +605,8 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "the wrong number of heads": (config(num_attention_heads=4), "q_proj"),
     "the wrong vocabulary": (config(vocab_size=62), "embed_tokens"),
     "biases that the config denies": (change_weights(lambda w: w.update({f"model.layers.{i}.self_attn.{p}_proj.bias": torch.zeros(n)
-                                      for i in (0, 1) for p, n in (("q", 60), ("k", 20), ("v", 20), ("o", 24))})), "attention_bias"),
-    "biases that the config promises": (config(attention_bias=True), "attention_bias"),
+                                      for i in (0, 1) for p, n in (("q", 60), ("k", 20), ("v", 20), ("o", 24))})), "_proj.bias and 7 others"),
+    "biases that the config promises": (config(attention_bias=True), "_proj.bias and 7 others"),
     "biases on the mlp only in the config": (config(mlp_bias=True), "missing"),
     "qwen3 without its norms": (config(model_type="qwen3"), "_norm"),
     "norms that llama does not have": (change_weights(lambda w: w.update({f"model.layers.{i}.self_attn.{p}_norm.weight": torch.ones(10)

@@ -30,9 +30,8 @@ from machine.checkpoint import from_disk
 from machine.rows import Row
 from machine.text import Text
 from machine.flags import DATA, Config
-from machine.config import config_from_dict
 from machine.folders import companions, load_pretrained, save_pretrained
-from model import Transformer, generate
+from model import generate
 
 EOS = 1                                                  # <|end|>, of the tiny tokenizer
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
@@ -522,21 +521,6 @@ def test_the_line_that_says_how_to_go_on_has_what_was_changed(world, tmp_path):
     run(tmp_path / "run", *world, hook=stop_at("sapo_step", 1))
     printed = resume(tmp_path / "run", "--steps", 10, hook=stop_at("sapo_step", 1))
     assert f"go on with: python train.py --resume {tmp_path / 'run'} --steps 10\n" in printed
-
-
-def test_biases_that_only_the_weights_name_survive_a_resume(whole, world, tmp_path):
-    """Some checkpoints of the Llama family have biases, and a config that does not say so."""
-    base = load_pretrained(whole / "model")
-    config = base.config.source
-    biased = randomise(Transformer(config_from_dict(config | {"attention_bias": True})), 5)
-    save_pretrained(biased, tmp_path / "base", torch.float32, companions(whole / "model"))
-    (tmp_path / "base/config.json").write_text(json.dumps(config))
-    flags = tuned(world, tmp_path / "base", "--steps", 4)
-    run(tmp_path / "whole", *flags)
-    run(tmp_path / "run", *flags, hook=stop_at("sapo_step", 3))
-    resume(tmp_path / "run")
-    assert not differences(tmp_path / "whole", tmp_path / "run")
-    assert "model.layers.0.self_attn.o_proj.bias" in load_file(tmp_path / "run/model/model.safetensors")
 
 
 # ---------------------------------------------------------------- the run folder's name
