@@ -21,7 +21,7 @@ class Data:
         self.text, self.cfg = text, cfg
         self.flat, self.stops = array("i"), array("q")
         self.verifiers, self.places = {}, []
-        self.counts = dict.fromkeys(("prompts", "responses", "dropped", "typed", "worse"), 0)
+        self.counts = dict.fromkeys(("prompts", "responses", "dropped"), 0)
         remarks, quiet = Remarks(), not show or len(rows) < 5000
         for start in tqdm(range(0, len(rows), 1000), desc=f"tokenising {name}", disable=quiet, leave=False):
             part = rows[start:start + 1000]
@@ -30,7 +30,7 @@ class Data:
                 raise BadInput(f"{name}: the chat template draws at random: rows give other tokens each time")
             for row, ids in zip(part, encoded):
                 if ids:
-                    self._add(row, *ids)
+                    self._add(remarks, row, *ids)
         remarks.refuse()
         self.tokens = np.array(self.flat, np.int32)
         self.ends = np.array(self.stops, np.int64).reshape(-1, 3)
@@ -39,21 +39,18 @@ class Data:
         self.note = (f"{name}: {len(self):,} rows, {len(self.tokens):,} tokens; {n['prompts']} prompts cut "
                      f"on the left, {n['responses']} responses cut on the right, {n['dropped']} rows dropped "
                      "as nothing of the response was left" + remarks.note())
-        if n["worse"]:
-            self.note += f"; {n['worse']} rejected responses cut on the right"
-        if n["typed"]:
-            self.note += (f"; warning: {n['typed']} rows have special tokens typed inside their text, and "
-                          "the model reads them as real")
         if n["dropped"] > len(rows) / 2:
             raise BadInput(f"{self.note}; raise --max-length or lower --max-prompt-length")
 
-    def _add(self, row, prompt, chosen, rejected):
+    def _add(self, remarks, row, prompt, chosen, rejected):
         """Truncate a row: the prompt loses its left end (BOS stays), then the response its right end."""
         text, cfg = self.text, self.cfg
         counts = self.counts
         words = [row.turns] if isinstance(row.turns, str) else [m["content"] for m in row.turns]
         words += [answer["content"] for answer in (row.chosen, row.rejected) if answer]
-        counts["typed"] += any(map(text.typed.search, words))
+        for typed in filter(None, map(text.typed.search, words)):
+            remarks.add("special tokens are typed in the text, and the model reads them as real", row,
+                        repr(typed[0]))
         if len(prompt) > cfg.max_prompt_length:
             head = prompt[:1] if prompt[0] == text.bos else []
             prompt = head + prompt[len(prompt) - cfg.max_prompt_length + len(head):]
@@ -61,7 +58,8 @@ class Data:
         room = cfg.max_length - len(prompt)
         chosen, rejected = chosen[:room], rejected and rejected[:room]
         counts["responses"] += 0 < len(chosen) == room and chosen[-1] not in text.eos
-        counts["worse"] += bool(rejected) and len(rejected) == room and rejected[-1] not in text.eos
+        if rejected and len(rejected) == room and rejected[-1] not in text.eos:
+            remarks.add("the rejected response is cut on the right", row, f"to {room} tokens")
         if not prompt or not chosen or chosen[0] in text.eos:
             counts["dropped"] += 1       # nothing to learn from, or nothing before the response
             return

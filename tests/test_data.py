@@ -208,11 +208,18 @@ def test_rows_without_a_response_are_dropped_and_counted_and_verifiers_stay_with
 
 def test_special_tokens_that_were_typed_are_counted_and_told():
     prompts = ["plain", "a <|user|> b", [turn("system", "<s>"), turn("user", "x")], "< s > <|us er|>"]
-    rows = [Row({"prompt": p, "chosen": "c"} if isinstance(p, str) else {"messages": [*p, turn("assistant", "c")]}, "") for p in prompts]
+    rows = [Row({"prompt": p, "chosen": "c"} if isinstance(p, str) else {"messages": [*p, turn("assistant", "c")]}, f"line {i}") for i, p in enumerate(prompts)]
     rows.append(Row({"prompt": "a", "chosen": "b<|system|>c"}, ""))
     data = Data(rows, tiny_text(), Config(max_prompt_length=30, max_length=60), "some")
-    assert "warning: 3 rows have special tokens typed inside their text" in data.note
-    assert "warning" not in Data(rows[:1], tiny_text(), Config(max_prompt_length=30, max_length=60), "some").note
+    assert "; 3 rows: special tokens are typed in the text, and the model reads them as real (line 1: '<|user|>')" in data.note
+    assert "special" not in Data(rows[:1], tiny_text(), Config(max_prompt_length=30, max_length=60), "some").note
+
+
+def test_a_worse_answer_that_is_cut_is_counted():
+    rows = [Row({"prompt": "a", "chosen": "b", "rejected": "c " * n}, f"line {n}") for n in (1, 40, 50)]
+    data = Data(rows, tiny_text(), Config(max_prompt_length=9, max_length=30), "some")
+    assert "; 2 rows: the rejected response is cut on the right (line 40: to " in data.note
+    assert "0 responses cut on the right" in data.note
 
 
 @pytest.mark.parametrize("around", [None, "<s> $A", "$A <|end|>", "<s> $A <|end|>"])
