@@ -357,7 +357,8 @@ class Run:
             setattr(self, name, shared[name])
         self.begin_sapo() if shared["sapo"] else self.begin_sft()
         models = self.state.models() if self.state else {"policy": self.model}
-        checkpoint.load_models(folder, models)
+        for name, model in models.items():
+            load_weights(model, checkpoint.tensors_of(folder, name))
         checkpoint.load_optimizer(folder, self.model, self.optimizer)
         self.draw.batch = shared["draw"]
         if self.state:

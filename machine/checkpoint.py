@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buffer import pack, unpack
-from machine.files import BadInput, flush, new_folder, plain_file, read_json, write_json
-from machine.folders import load_weights, shard_like
-from model import own_parameters, unshard
+from machine.files import BadInput, flush, new_folder, plain_file, write_json
+from machine.folders import shard_like
+from model import unshard
 from sapo import stream
 
 
@@ -74,14 +74,6 @@ def tensors_of(folder, name):
     with safe_open(folder / f"{name}.safetensors", "pt") as f:
         for key in f.keys():
             yield key.removeprefix(f"{name}."), f.get_tensor(key)
-
-
-def load_models(folder, models):
-    """Fill {name: model}, sharded or not, from a checkpoint."""
-    for name, model in models.items():
-        if read_json(folder / f"{name}.json").keys() != own_parameters(model).keys():
-            raise BadInput(f"{folder}: holds other weights than source/config.json asks for")
-        load_weights(model, tensors_of(folder, name))
 
 
 def load_optimizer(folder, model, optimizer):
