@@ -100,10 +100,8 @@ class Row:
             whole = [{"role": "user", "content": prompt}] + whole
         elif type(prompt) is str:
             self._nothing_more(prompt, whole)
-        self.need(whole[-1]["role"] == "assistant", "the last message must be the assistant's")
         self.need(len(whole) > 1, "a conversation needs a message before the assistant's answer")
-        self._not_empty(whole[-1], key)
-        return whole[:-1], whole[-1]
+        return whole[:-1], self._last(whole, key)
 
     def _nothing_more(self, prompt, messages):
         """A prompt beside a whole conversation may repeat turns of it, and say nothing else."""
@@ -133,12 +131,13 @@ class Row:
         messages = self._messages(value, key)
         if len(messages) > 1:
             self.need(messages[:-1] == self.turns, f"{key} has another history than chosen")
-        self.need(messages[-1]["role"] == "assistant", f"the last message in {key} must be the assistant's")
-        self._not_empty(messages[-1], key)
-        return messages[-1]
+        return self._last(messages, key)
 
-    def _not_empty(self, message, key):
-        self.need(message["content"].strip() or len(message) > 2, f"the {key} response is empty")
+    def _last(self, messages, key):
+        """The last of some messages, which must be an answer."""
+        self.need(messages[-1]["role"] == "assistant", f"the last message in {key} must be the assistant's")
+        self.need(messages[-1]["content"].strip() or len(messages[-1]) > 2, f"the {key} response is empty")
+        return messages[-1]
 
 
 def _is_packed(text):
