@@ -101,8 +101,6 @@ def read_data(rows, text, cfg, show):
         raise BadInput(f"{cfg.data}: --rejected data, but {bare} rows have no rejected")
     data = [Data(train, text, cfg, "train", show), Data(held[:cfg.eval_rows], text, cfg, "eval", show)]
     data.append(Data(rows["sft_data"], text, cfg, "SFT", show) if "sft_data" in rows else data[0])
-    if not min(map(len, data)):
-        raise BadInput(f"{data[0].note}; {data[1].note}; nothing is left to use")
     return data
 
 

@@ -29,8 +29,6 @@ def find_template(files, settings, template_file):
             raise BadInput(f"none of the checkpoint's chat templates ({names}) is named default; save the "
                            "one to use to a file and give it by --chat-template FILE")
         source = default[0]
-    if not isinstance(source, str):
-        raise BadInput("the checkpoint's chat_template is not text; give one by --chat-template FILE")
     return source
 
 
@@ -52,9 +50,9 @@ def compile_template(source):
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": datetime.datetime(2024, 7, 26).strftime}
-    # {% generation %} marks the assistant's tokens for others; here it is a block that renders what it holds
-    source = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", r"\1\2with", source)
     try:
+        # {% generation %} marks the assistant's tokens for others; here it renders what it holds
+        source = re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})", r"\1\2with", source)
         return environment.from_string(source)
     except Exception as error:           # constants are folded here, so this can raise anything as well
         reason = " ".join(str(error).split())[:160]

@@ -340,7 +340,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a template file that is not UTF-8": (files("--chat-template template.jinja", template=b"\xff\xfe{{ x }}"),
                                           "--chat-template ", "template.jinja: cannot be read"),
     "a template that is not Jinja": (template("{% for m in messages %}{{ m.content }}"), "not valid Jinja"),
-    "a template that is a number": (both(NO_TEMPLATE, edit("tokenizer_config", chat_template=7)), "chat_template is not text"),
+    "a template that is a number": (both(NO_TEMPLATE, edit("tokenizer_config", chat_template=7)), "chat template is not valid Jinja"),
     "a template that makes a book of a line": (template(f"{{{{ 'a' * {SHORT + 1} }}}}"), "chat template makes 10,001 characters",
                                                "one conversation", "10,000"),
     "a template that counts to 10^9": (template("{% for i in range(10**9) %}{% endfor %}"), "chat template", "Range too big"),
