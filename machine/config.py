@@ -148,8 +148,6 @@ def _rope(raw):
         low = 1 if key == "rope_theta" else 1e-9
         if type(value) not in (int, float) or not low < value < 1e15:
             raise BadInput(f"config.json: {key} of the {kind} rope is {value!r}; it must be above {low}")
-    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise BadInput("config.json: high_freq_factor of the llama3 rope must be larger than low_freq_factor")
     if kind == "yarn":
         of, by = values.pop("mscale", None), values.pop("mscale_all_dim", None)
         log = 0.1 * math.log(max(values["factor"], 1))

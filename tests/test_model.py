@@ -545,7 +545,6 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "rope that is a string": (config(rope_scaling="linear"), "rope_scaling"),
     "linear rope without a factor": (rope(rope_type="linear"), "factor"),
     "llama3 rope without its length": (rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0), "original_max_position_embeddings"),
-    "llama3 rope the wrong way round": (rope(**LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 1.0}), "high_freq_factor"),
     "theta of 0": (rope(rope_theta=0), "rope_theta"),
     "theta below 0": (rope(rope_theta=-1.0), "rope_theta"),
     "theta infinite": (rope(rope_theta=float("inf")), "rope_theta"),
@@ -600,8 +599,8 @@ REFUSED = {     # what is wrong: (how to make it so, a word that the sentence mu
     "a number of 400 digits": (config(intermediate_size=10**400), "intermediate_size"),
     "layers 10^9": (config(num_hidden_layers=10**9), "num_hidden_layers"),
     "vocabulary 10^9": (config(vocab_size=10**9), "vocab_size"),
-    "more layers than there are": (config(num_hidden_layers=3), "3 layers"),
-    "fewer layers than there are": (config(num_hidden_layers=1), "1 layers"),
+    "more layers than there are": (config(num_hidden_layers=3), "model.layers.2.input_layernorm.weight and 8 others are missing"),
+    "fewer layers than there are": (config(num_hidden_layers=1), "model.layers.1.input_layernorm.weight and 8 others are in the weights"),
     "the wrong number of heads": (config(num_attention_heads=4), "q_proj"),
     "the wrong vocabulary": (config(vocab_size=62), "embed_tokens"),
     "biases that the config denies": (change_weights(lambda w: w.update({f"model.layers.{i}.self_attn.{p}_proj.bias": torch.zeros(n)

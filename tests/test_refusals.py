@@ -305,7 +305,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "quantised weights": (edit("config", quantization_config={"quant_method": "awq"}), "quantised", "use the unquantised checkpoint"),
     "a mixture of experts": (edit("config", num_local_experts=8), "mixture-of-experts"),
     "heads that cannot be shared": (edit("config", num_key_value_heads=4), "6 query heads", "4 key-value heads"),
-    "more layers in the config than in the weights": (edit("config", num_hidden_layers=3), "3 layers", "hold 2"),
+    "more layers in the config than in the weights": (edit("config", num_hidden_layers=3), "model.layers.2.", "and 8 others are missing from the weights"),
     "10^12 parameters, said the config": (edit("config", hidden_size=2**20, intermediate_size=2**20, vocab_size=2**20), "has shape", "1048576"),
     "a tied head that differs": (edit("config", tie_word_embeddings=True), "lm_head", "embedding"),
 
