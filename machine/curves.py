@@ -63,11 +63,8 @@ def draw_runs(folders, path):
     if len(runs) > 1:
         colours = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
         figure.legend(handles=colours, loc="outside lower center", ncols=6, frameon=False)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis, panel in zip(axes, panels):
-        draw_panel(axis, *panel, runs)
-    for axis in axes[len(panels):]:
-        axis.set_axis_off()
+    for i, panel in enumerate(panels, 1):
+        draw_panel(figure.add_subplot(rows, columns, i), *panel, runs)
     figure.savefig(path.with_name(f".{path.name}.tmp"), dpi=100, format="png")
     path.with_name(f".{path.name}.tmp").replace(path)
 
