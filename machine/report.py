@@ -100,7 +100,6 @@ class Evaluation:
         of answers that pass: greedy, and with `full` also at the run's own sampling settings and at
         temperature 1.
         """
-        model.eval()
         table = self.log_probs(model)
         if self.data.verifiers:
             cfg = self.cfg
@@ -108,7 +107,6 @@ class Evaluation:
             if full:
                 table["verifier/sampled"] = self.verified(model, cfg.temperature, cfg.top_k, cfg.top_p)
                 table["verifier/temperature_1"] = self.verified(model, 1.0)
-        model.train()
         return table
 
     def log_probs(self, model):
