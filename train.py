@@ -151,7 +151,7 @@ class Run:
             self.evaluation = self.evaluation_of(pairs)
         if self.state.step == 0 or cfg.eval_every and self.state.step % cfg.eval_every == 0:
             self.evaluate()                      # perhaps stopped while it evaluated
-        self.sapo()
+        self.stage("SAPO", self.state.step, self.steps, cfg.lr, self.step, self.after_step, cfg.show_every)
         self.evaluate()
         self.finish()
 
@@ -164,10 +164,9 @@ class Run:
         signals.again = signals.again or process.command("--resume", self.out)
 
     def begin_sft(self):
-        self.policy = wrap(self.model, self.world, self.cfg)
+        cfg, self.policy = self.cfg, wrap(self.model, self.world, self.cfg)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(parameters, self.cfg.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-        cfg = self.cfg
+        self.optimizer = torch.optim.AdamW(parameters, cfg.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.draw = Draw(self.inputs.data[2], cfg.sft_batch_size, cfg.seed, self.world, "SFT order")
 
     def begin_sapo(self):
@@ -253,10 +252,6 @@ class Run:
             return f"loss {metrics['loss']:.3f}", ""
 
         self.stage("SFT", self.sft_step, cfg.sft_steps, cfg.sft_lr, step, after, 10 * cfg.show_every)
-
-    def sapo(self):
-        self.stage("SAPO", self.state.step, self.steps, self.cfg.lr, self.step, self.after_step,
-                   self.cfg.show_every)
 
     def step(self):
         """[1] to [9], and what the machine adds to the metrics."""
