@@ -158,7 +158,7 @@ class Run:
     def claim(self):
         """Make the run folder, or clear up an old one, and hold it."""
         if self.world.first:
-            self.lock = checkpoint.lock(self.out) if self.resume else self.inputs.new_run()
+            self.lock = checkpoint.lock(self.out) if self.resume else checkpoint.new_run(self.inputs)
             checkpoint.clear_up(self.out)
         self.log = Log(self.out, self.world.first, self.cfg)
         signals.again = signals.again or process.command("--resume", self.out)

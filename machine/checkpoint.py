@@ -6,6 +6,7 @@ whole or not there. Rank 0 writes, and gathers shards one tensor at a time.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buffer import pack, unpack
+from machine.config import config_to_dict
 from machine.files import BadInput, flush, new_folder, plain_file, write_json
+from machine.flags import LAYOUT, PATHS, flag_of
 from machine.folders import shard_like
 from model import unshard
 from sapo import stream
@@ -166,8 +169,9 @@ def lock(out):
         return file
 
 
-def may_write(out, overwrite, inputs):
-    """Refuse to write over anything. inputs: {flag: path} of what a run reads, and must not replace."""
+def may_write(cfg):
+    """Refuse to write over anything, above all over what a run reads."""
+    out = Path(cfg.out)
     try:
         with contextlib.suppress(FileNotFoundError):
             out.with_name(f".{out.name}.12345678.tmp").lstat()       # where the folder begins to be written
@@ -177,29 +181,34 @@ def may_write(out, overwrite, inputs):
     if not out.is_symlink() and (not out.exists() or out.is_dir() and not any(out.iterdir())):
         return
     ours = not out.is_symlink() and (out / "config.json").is_file() and (out / "source").is_dir()
-    inside = [f"{flag} {path}" for flag, paths in inputs.items() for path in paths.split(",")
+    inside = [f"{flag_of(name)} {path}" for name in PATHS for path in getattr(cfg, name).split(",")
               if path and Path(path).resolve().is_relative_to(out.resolve())]
     for broken, sentence in (
             (not ours, "exists and is not a run folder; it is not replaced even with --overwrite"),
-            (not overwrite, f"exists; go on with --resume {out}, replace it with --overwrite"),
+            (not cfg.overwrite, f"exists; go on with --resume {out}, replace it with --overwrite"),
             (inside, f"would be replaced, and with it {''.join(inside[:1])}")):
         if broken:
             raise BadInput(f"--out {out} {sentence}; or choose another name")
 
 
-def new_run(out, files, config, run, overwrite):
-    """Make a run folder with source/ (the model's companion files and config.json) and config.json (`run`).
-    Returns its lock. With `overwrite` a run that has the name makes way, unless another process holds it."""
+def new_run(inputs):
+    """Make the run folder of Inputs, with what was asked for (config.json) and what it is made from (source/).
+    Returns its lock. With --overwrite a run that has the name makes way, unless another process holds it."""
     import importlib.metadata as metadata
     libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
     versions = {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in libraries}
-    there = overwrite and (out / "config.json").is_file()
+    cfg, out = inputs.cfg, Path(inputs.cfg.out)
+    run = {"layout": LAYOUT, "settings": dataclasses.asdict(cfg), "preset": inputs.preset,
+           "steps": inputs.steps, "model_commit": inputs.commit, "data": [d.note for d in inputs.data],
+           "dtype": str(inputs.dtype).removeprefix("torch."), "eos_token_ids": list(inputs.text.eos),
+           "versions": versions}
+    there = cfg.overwrite and (out / "config.json").is_file()
     with there and lock(out) or contextlib.nullcontext(), new_folder(out, replace=there) as temporary:
         (temporary / "source").mkdir()
-        for name, content in files.items():
+        for name, content in inputs.files.items():
             (temporary / "source" / name).write_bytes(content)
-        write_json(temporary / "source" / "config.json", config)
-        write_json(temporary / "config.json", run | {"versions": versions})
+        write_json(temporary / "source" / "config.json", config_to_dict(inputs.config, inputs.dtype))
+        write_json(temporary / "config.json", run)
         return lock(temporary)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from machine import checkpoint
-from machine.config import config_to_dict, read_config
+from machine.config import read_config
 from machine.dataset import read_data
 from machine.files import BadInput, read_json
-from machine.flags import LAYOUT, PATHS, Config, batches, flag_of, resolved
+from machine.flags import PATHS, Config, batches, flag_of, resolved
 from machine.folders import BESIDE, WEIGHTS, check_weights, companions, find_model, saved_dtype
 from machine.rows import read_rows
 from machine.text import Text
@@ -54,15 +54,6 @@ class Inputs:
             world.together(lambda: check_weights(self.base, self.config))
             self.dtype = saved_dtype(self.base)
 
-    def new_run(self):
-        """The run folder, with what was asked for and what it is made from. Returns its lock."""
-        run = {"layout": LAYOUT, "settings": dataclasses.asdict(self.cfg), "preset": self.preset,
-               "steps": self.steps, "model_commit": self.commit,
-               "data": [d.note for d in self.data],
-               "dtype": str(self.dtype).removeprefix("torch."), "eos_token_ids": list(self.text.eos)}
-        config = config_to_dict(self.config, self.dtype)
-        return checkpoint.new_run(Path(self.cfg.out), self.files, config, run, self.cfg.overwrite)
-
 
 def read_inputs(command, world):
     """The Inputs of a command line. What one process refuses, or sees otherwise, all refuse."""
@@ -102,6 +93,5 @@ def _read(command, base, commit, world):
             raise BadInput(f"{flag_of(name)} {size} is more than {MOST} times the {rows} rows; lower it")
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
-        read = {flag_of(name): getattr(cfg, name) for name in ("model", "chat_template", *FILES)}
-        checkpoint.may_write(Path(cfg.out), cfg.overwrite, read)
+        checkpoint.may_write(cfg)
     return Inputs(cfg, command.preset, base, commit, config, files, notes, dtype, text, data, steps)
