@@ -21,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buffer import pack, unpack
-from machine.config import config_to_dict
 from machine.files import BadInput, flush, new_folder, plain_file, write_json
 from machine.flags import LAYOUT, PATHS, flag_of
 from machine.folders import shard_like
@@ -192,7 +191,7 @@ def may_write(cfg):
 
 
 def new_run(inputs):
-    """Make the run folder of Inputs, with what was asked for (config.json) and what it is made from (source/).
+    """Make the run folder of Inputs: config.json has what was asked for, source/ what it is made from.
     Returns its lock. With --overwrite a run that has the name makes way, unless another process holds it."""
     import importlib.metadata as metadata
     libraries = ("torch", "numpy", "tokenizers", "safetensors", "jinja2", "huggingface_hub", "tqdm")
@@ -200,14 +199,13 @@ def new_run(inputs):
     cfg, out = inputs.cfg, Path(inputs.cfg.out)
     run = {"layout": LAYOUT, "settings": dataclasses.asdict(cfg), "preset": inputs.preset,
            "steps": inputs.steps, "model_commit": inputs.commit, "data": [d.note for d in inputs.data],
-           "dtype": str(inputs.dtype).removeprefix("torch."), "eos_token_ids": list(inputs.text.eos),
-           "versions": versions}
+           "eos_token_ids": list(inputs.text.eos), "versions": versions}
     there = cfg.overwrite and (out / "config.json").is_file()
     with there and lock(out) or contextlib.nullcontext(), new_folder(out, replace=there) as temporary:
         (temporary / "source").mkdir()
         for name, content in inputs.files.items():
             (temporary / "source" / name).write_bytes(content)
-        write_json(temporary / "source" / "config.json", config_to_dict(inputs.config, inputs.dtype))
+        write_json(temporary / "source" / "config.json", inputs.config.source)
         write_json(temporary / "config.json", run)
         return lock(temporary)
 

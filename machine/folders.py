@@ -126,13 +126,6 @@ def shard_like(tensor, parameter):
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
-def saved_dtype(folder):
-    """The dtype in which most weights of a folder are stored."""
-    kinds = [dtype for _, _, dtype in weight_files(folder).values()]
-    known = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float32}
-    return known.get(max(kinds, key=kinds.count), torch.bfloat16)
-
-
 # ---------------------------------------------------------------------------- folders out
 SHARD_BYTES = 5 * 10**9
 

@@ -11,7 +11,7 @@ from machine.config import read_config
 from machine.dataset import read_data
 from machine.files import BadInput, read_json
 from machine.flags import PATHS, Config, batches, flag_of, resolved
-from machine.folders import BESIDE, WEIGHTS, check_weights, companions, find_model, saved_dtype
+from machine.folders import BESIDE, WEIGHTS, check_weights, companions, find_model
 from machine.rows import read_rows
 from machine.text import Text
 from model import ModelConfig
@@ -30,7 +30,6 @@ class Inputs:
     config: ModelConfig
     files: dict                 # {name: bytes} of what will stand beside the weights
     notes: list                 # what was changed in them, in sentences
-    dtype: torch.dtype          # of the weights in `base`
     text: Text
     data: list                  # Data to train on, to evaluate on, for SFT
     steps: int                  # of SAPO
@@ -39,8 +38,10 @@ class Inputs:
         return {name: data.fingerprint() for name, data in zip(FILES, self.data)}
 
     def written(self):
-        """The dtype in which the models will be written."""
-        return self.dtype if self.cfg.save_dtype == "auto" else getattr(torch, self.cfg.save_dtype)
+        """The dtype in which the models will be written; auto is what config.json of --model says."""
+        stated = self.config.source.get("torch_dtype") or self.config.source.get("dtype")
+        name = stated if self.cfg.save_dtype == "auto" else self.cfg.save_dtype
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name), torch.float32)
 
     def origin(self):
         """(hub name, commit) of the base, or (its folder, None)."""
@@ -52,7 +53,6 @@ class Inputs:
         if not self.cfg.from_scratch:
             self.base, _ = find_model(self.cfg.model, world, BESIDE + WEIGHTS)
             world.together(lambda: check_weights(self.base, self.config))
-            self.dtype = saved_dtype(self.base)
 
 
 def read_inputs(command, world):
@@ -76,11 +76,8 @@ def _read(command, base, commit, world):
     rows = {name: read_rows(getattr(cfg, name)) for name in FILES if getattr(cfg, name)}
     source = resume / "source" if resume else base
     config = read_config(source)
-    dtype = torch.float32
     if resume:
-        run = read_json(resume / "config.json")
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(run.get("dtype")), dtype)
-        commit = run.get("model_commit")
+        commit = read_json(resume / "config.json").get("model_commit")
     elif commit:                                 # the branch may move, the run's model does not
         cfg = dataclasses.replace(cfg, model=f"{cfg.model.partition('@')[0]}@{commit}")
     cfg = resolved(cfg, config.max_position_embeddings, world.size)
@@ -94,4 +91,4 @@ def _read(command, base, commit, world):
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
         checkpoint.may_write(cfg)
-    return Inputs(cfg, command.preset, base, commit, config, files, notes, dtype, text, data, steps)
+    return Inputs(cfg, command.preset, base, commit, config, files, notes, text, data, steps)

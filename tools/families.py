@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tokenizers
 import torch
-from test_model import FAMILIES, edit, load_theirs, read, transformers_4
+from test_model import FAMILIES, edit, load_theirs, read, stored, transformers_4
 
 import train
 from conftest import NUMBERS, oracle, random_texts, small_hf_model
@@ -36,7 +36,7 @@ from machine import folders
 from machine.rows import Row
 from machine.text import Text
 from machine.flags import DATA, parse
-from machine.folders import companions, load_pretrained, save_pretrained, saved_dtype
+from machine.folders import companions, load_pretrained, save_pretrained
 from machine.parallel import World, starting_model
 from model import generate
 from sapo import sapo_step
@@ -81,9 +81,9 @@ def differences(name, dialect, shards, dtype, folder):
         edit(folder / "theirs", **transformers_4(read(folder / "theirs"), "type") | {"torch_dtype": str(dtype).removeprefix("torch.")})
     ours, before = load_pretrained(folder / "theirs"), folders.SHARD_BYTES
     folders.SHARD_BYTES = 9000 if shards else before
-    save_pretrained(ours, folder / "ours", saved_dtype(folder / "theirs"))
+    save_pretrained(ours, folder / "ours", dtype)
     folders.SHARD_BYTES = before
-    assert (len(list((folder / "ours").glob("*.safetensors"))) > 2) == shards and saved_dtype(folder / "ours") == dtype
+    assert (len(list((folder / "ours").glob("*.safetensors"))) > 2) == shards and stored(folder / "ours") == {dtype}
     return gap(ours, theirs, ids), gap(ours, load_theirs(folder / "ours"), ids)
 
 
