@@ -132,13 +132,8 @@ SHARD_BYTES = 5 * 10**9
 
 def companions(folder):
     """{name: bytes} of what stands beside config.json and weights: tokenizer, templates, licence."""
-    kept = {}
-    for path in sorted(Path(folder).iterdir()):
-        known = path.suffix in ("", ".json", ".jinja", ".txt", ".model", ".md")
-        ours = path.name == "config.json" or path.name.endswith(".index.json") or path.name.startswith(".")
-        if path.is_file() and known and not ours and path.stat().st_size < 2**28:
-            kept[path.name] = path.read_bytes()
-    return kept
+    paths = [path for path in sorted(Path(folder).iterdir()) if any(map(path.match, BESIDE[1:]))]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def plain_weights(model):
@@ -186,7 +181,7 @@ def save_adapter(model, folder, base, commit=None):
 
 # -------------------------------------------------------------------------------- the hub
 BESIDE = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja",
-          "added_tokens.json", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
+          "added_tokens.json", "vocab.json", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"]
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]       # no other: Mistral's come twice
 
 
