@@ -41,8 +41,7 @@ from machine.inputs import read_inputs
 from machine.parallel import World, slow_dtype, starting_model, twin_of, wrap
 from machine.process import Diverged, Stopped, signals
 from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text,
-                            passes, print_profile, print_sample, show_pair, show_rows, table_text,
-                            write_samples)
+                            passes, print_profile, show_pair, show_rows, table_text, write_samples)
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 
@@ -392,12 +391,11 @@ class Run:
             for name in ("model", "ema") if self.steps else ():
                 write_whole(out / name / "README.md", model_card(name, self.inputs, self.table, moved))
             write_json(out / "results.json", self.table)
-            samples = write_samples(out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
             draw_curves(out)
             print("", table_text(self.table, self.evaluation.rows), "", sep="\n")
             if moved:
                 print(moved)
-            print_sample(samples)
+            write_samples(out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
             print_profile(time.monotonic() - self.began, self.spent, self.world.device)
             print(f"everything is in {out}")
             if self.steps and not self.cfg.keep and (out / "checkpoint").exists():

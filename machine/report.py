@@ -276,16 +276,11 @@ def print_profile(seconds, stages, device):
 
 
 def write_samples(path, examples, text, answers):
-    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}. Returns its rows."""
+    """samples.jsonl: prompts, what was chosen, and {model: [answer to each]}; the first also printed."""
     columns = {"prompt": [text.decode(e.prompt) for e in examples],
                "chosen": [text.decode(e.chosen, True) for e in examples], **answers}
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return rows
-
-
-def print_sample(rows):
-    """The first of samples.jsonl, before and after."""
     for sample in rows[:1]:
         print(f"prompt  {one_line(sample['prompt'], 200)}\nbefore  {one_line(sample['start'], 400)}")
         if "policy" in sample:
