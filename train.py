@@ -395,7 +395,7 @@ class Run:
             print("", table_text(self.table, self.evaluation.rows), "", sep="\n")
             if moved:
                 print(moved)
-            write_samples(out / "samples.jsonl", self.evaluation.shown(), self.text, self.answers)
+            write_samples(out / "samples.jsonl", self.evaluation.shown, self.text, self.answers)
             print_profile(time.monotonic() - self.began, self.spent, self.world.device)
             print(f"everything is in {out}")
             if self.steps and not self.cfg.keep and (out / "checkpoint").exists():

@@ -90,6 +90,7 @@ class Evaluation:
         self.pairs, self.gaps = pairs, list(gaps)
         self.share = -(-len(self.data) // world.size)    # rows of a process, at most
         self.rows = f"{len(self.data)} held-out rows, {len(self.data.verifiers)} of them with a verifier"
+        self.shown = [self.data[i] for i in range(min(self.cfg.samples, len(self.data)))]
 
     @torch.no_grad()
     def measure(self, model, full=True):
@@ -151,11 +152,7 @@ class Evaluation:
 
     def samples(self, model):
         """The first rows answered greedily, as text, whatever the number of processes."""
-        answers = self.answers(model, self.shown())
-        return [self.text.decode(ids, True) for ids in answers]
-
-    def shown(self):
-        return [self.data[i] for i in range(min(self.cfg.samples, len(self.data)))]
+        return [self.text.decode(ids, True) for ids in self.answers(model, self.shown)]
 
 
 # ------------------------------------------------------------------------------------ log
