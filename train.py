@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from buffer import Pair, collate, pack, unpack
@@ -456,17 +457,31 @@ def begin(argv, world):
 def main(argv=None):
     """Run a command line: 0 done or stopped, 1 the disk failed, 2 bad input, 3 diverged, 130 interrupted."""
     world = run = None
+    code, together = 0, True         # whether all processes end here, and for the same reason
+    signals.again = ""
+    signals.mind()
     try:
-        with process.Ending() as ending:
+        try:
             world = World(None)
             run = begin(sys.argv[1:] if argv is None else argv, world)
             run.train()
-    finally:
-        if run and run.lock:
-            run.lock.close()
-    if world and ending.together:    # NCCL's farewell waits for all; torchrun ends others when one has left
+        finally:
+            signals.at_once, signals.asked = False, None
+            if run and run.lock:
+                run.lock.close()
+    except (BadInput, Stopped, Diverged) as end:
+        code = end.code
+        process.say("error: " if code else "", end)
+    except (OSError, SafetensorError) as error:
+        code, together = 1, False
+        kept = "what was saved before is whole: " if signals.again else "nothing was written"
+        process.say("error: ", f"{error}; {kept}{signals.again}", always=True)
+    except KeyboardInterrupt:
+        code, together = 130, False
+        process.say("error: ", "stopped at once; the last checkpoint stands")
+    if world and together:           # NCCL's farewell waits for all; torchrun ends others when one has left
         world.close()
-    return ending.code
+    return code
 
 
 if __name__ == "__main__":

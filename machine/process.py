@@ -1,5 +1,5 @@
-"""The process of a run: signals that ask it to stop, a screen that may break, and the one line and the exit
-code with which it ends.
+"""The process of a run: signals that ask it to stop, a screen that may break, and the one line with which it
+ends.
 
 Imports nothing that takes long, so that signals are minded while torch is imported.
 """
@@ -9,10 +9,6 @@ import shlex
 import signal
 import sys
 from contextlib import suppress
-
-from safetensors import SafetensorError
-
-from machine.files import BadInput
 
 
 class Stopped(KeyboardInterrupt):
@@ -96,7 +92,7 @@ def say(kind, text, always=False):
         print(kind + one_line(str(text), 700), file=sys.stderr)
 
 
-# ------------------------------------------------------------------- its beginning and end
+# -------------------------------------------------------------------------- its beginning
 def begin():
     """Called by the program before anything that takes long is imported."""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
@@ -111,30 +107,3 @@ def command(*arguments):
         nodes = int(os.environ["WORLD_SIZE"]) // each
         program = f"torchrun{f' --nnodes={nodes}' if nodes > 1 else ''} --nproc_per_node={each} train.py"
     return f"{program} {shlex.join(map(str, arguments))}"
-
-
-class Ending:
-    """A context in which a run runs: whatever ends it becomes one line and `code`, but for bugs. together:
-    whether all processes end here, and for the same reason."""
-
-    def __enter__(self):
-        self.code, self.together = 0, True
-        signals.again = ""
-        signals.mind()
-        return self
-
-    def __exit__(self, kind, end, trace):
-        signals.at_once, signals.asked = False, None
-        if isinstance(end, (BadInput, Stopped, Diverged)):
-            self.code = end.code
-            say("error: " if end.code else "", end)
-        elif isinstance(end, (OSError, SafetensorError)):
-            self.code, self.together = 1, False
-            kept = "what was saved before is whole: " if signals.again else "nothing was written"
-            say("error: ", f"{end}; {kept}{signals.again}", always=True)
-        elif isinstance(end, KeyboardInterrupt):
-            self.code, self.together = 130, False
-            say("error: ", "stopped at once; the last checkpoint stands")
-        elif end:                                        # a bug of ours, with its traceback
-            return False
-        return True
