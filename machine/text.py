@@ -106,19 +106,17 @@ class Text:
 
         An ordinary token that a file names is a stale number as long as there is any other.
         """
-        self.named = [self.tokenizer.token_to_id(self.special.get("eos_token", ""))]
+        named = [self.tokenizer.token_to_id(self.special.get("eos_token", ""))]
         for source in (self._file("generation_config.json", folder), config.source):
             found = source.get("eos_token_id")
-            self.named += found if isinstance(found, list) else [found]
-        self.named = [i for i in self.named if type(i) is int and 0 <= i < self.vocab]
+            named += found if isinstance(found, list) else [found]
+        named = [i for i in named if type(i) is int and 0 <= i < self.vocab]
         words = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
-        ends = [i for i in self.named if i in words]
-        self.ends = _any_of(())
+        ends = [i for i in named if i in words]
         if self.template:
-            row = Row({"prompt": "a", "chosen": "b"}, folder)
-            after = self._reply(row, row.chosen, self.render(self._turns(row), True))[2]
+            after = self._after(Row({"prompt": "a", "chosen": "b"}, folder))
             ends = [i for i in self._ids([after])[0] if i in self.added or i in ends][:1] + ends
-        ends = ends or self.named
+        ends = ends or named
         if not ends:
             raise BadInput(f"{folder}: no end token: neither generation_config.json, config.json nor the "
                            "tokenizer names one")
@@ -181,7 +179,7 @@ class Text:
             return [row.turns] + [row.turns + self._open(answer)["content"] for answer in answers]
         texts, opening = [], self.render(self._turns(row), True, **row.more)
         for answer in map(self._open, answers):
-            start, reply, _ = self._reply(row, answer, opening)
+            start, reply = self._reply(row, answer, opening)
             self._all_used(row, answer, remarks)
             texts.append(opening + reply)
             if start != opening:
@@ -195,7 +193,7 @@ class Text:
 
     def _reply(self, row, answer, opening):
         """(what the whole conversation has for `opening`, what follows it up to and with the first end token
-        after the answer's text, what stands after that text)."""
+        after the answer's text)."""
         whole = self.render(self._turns(row) + [answer], **row.more)
         start, text = len(opening), answer["content"].strip()
         if not whole.startswith(opening):
@@ -207,16 +205,14 @@ class Text:
         if not _holds(reply, text):
             raise BadInput(f"the chat template changes the answer: {_short(text)} became {_short(reply)}")
         behind = whole[end.end():].strip() if end else ""
-        if behind and behind != self._rest(row):
+        if behind and not self._after(row).rstrip().endswith(end[0] + whole[end.end():].rstrip()):
             raise BadInput("the chat template writes more of the answer behind its end token, "
                            f"{_short(behind)}; give another by --chat-template FILE")
-        return whole[:start], reply, whole[after:]
+        return whole[:start], reply
 
-    def _rest(self, row):
-        """What the template writes behind the end token of any answer."""
-        whole = self.render(self._turns(row) + [MARK], **row.more).rpartition(MARK["content"])[2]
-        end = self.ends.search(whole)
-        return whole[end.end():].strip() if end else ""
+    def _after(self, row):
+        """What the template writes after the text of any answer."""
+        return self.render(self._turns(row) + [MARK], **row.more).rpartition(MARK["content"])[2]
 
     def _border(self, row, opening, whole, text):
         """Where the answer begins in a conversation that does not begin with the prompt as it is rendered
