@@ -32,7 +32,6 @@ REFUSED = (     # key, what makes it impossible, what is said of it
     ("attn_logit_softcapping", lambda v: v is not None, "attn_logit_softcapping {} is not implemented"),
     ("final_logit_softcapping", lambda v: v is not None, "final_logit_softcapping {} is not implemented"),
     ("use_bidirectional_attention", bool, "use_bidirectional_attention is not implemented"),
-    ("partial_rotary_factor", lambda v: (v or 1) != 1, "partial_rotary_factor {} is not implemented, only 1"),
     ("quantization_config", bool, "quantised weights cannot be trained; use the unquantised checkpoint"),
     ("num_experts", bool, EXPERTS), ("num_local_experts", bool, EXPERTS), ("n_routed_experts", bool, EXPERTS))
 
@@ -138,7 +137,7 @@ def _rope(raw):
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise BadInput(f"config.json: rope type {kind!r} is not implemented; {', '.join(ROPE_KEYS)} are")
-    if (scaling.get("partial_rotary_factor") or 1) != 1:
+    if (scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
         raise BadInput("config.json: partial_rotary_factor other than 1 is not implemented")
     scaling = {"rope_theta": raw.get("rope_theta", 10000.0), "beta_fast": 32.0, "beta_slow": 1.0} | scaling
     values = {key: scaling.get(key) for key in ("rope_theta", *ROPE_KEYS[kind])}
