@@ -167,22 +167,18 @@ def read_rows(where):
         files = [path]
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", p.name))
-            other = sorted(p for p in path.iterdir() if p.suffix in KINDS)
+            files = files or sorted(p for p in path.iterdir() if p.suffix in KINDS)
             if not files:
-                raise BadInput(_convert(other[0]) if other else f"{path}: no .jsonl or .json file in it")
+                raise BadInput(f"{path}: no .jsonl or .json file in it")
         for file in files:
             rows += _rows_of(file)
     return rows
 
 
-def _convert(path):
-    recipe = RECIPE.format(source=f"'{KINDS[path.suffix]}', data_files={str(path)!r}", steps="")
-    return f"{path}: only JSON lines are read; {recipe}"
-
-
 def _rows_of(path):
     if path.suffix in KINDS:
-        raise BadInput(_convert(path))
+        recipe = RECIPE.format(source=f"'{KINDS[path.suffix]}', data_files={str(path)!r}", steps="")
+        raise BadInput(f"{path}: only JSON lines are read; {recipe}")
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
         raise BadInput(f"{path}: no such file; if it is a data set of the hub, "
                        + RECIPE.format(source=repr(str(path)), steps=""))
