@@ -162,10 +162,9 @@ class Log:
 
     def __init__(self, folder, first, cfg):
         self.folder, self.cfg = folder, cfg
-        self.first, self.files = first, {}
-        self.board = None
-        for name in ("metrics", "pairs") if first else ():
-            self.files[name] = open(plain_file(folder / f"{name}.jsonl"), "a", encoding="utf-8")
+        self.first, self.board = first, None
+        self.files = {name: open(plain_file(folder / f"{name}.jsonl"), "a", encoding="utf-8")
+                      for name in ("metrics", "pairs") if first}
 
     def write(self, name, row):
         if self.first:

@@ -22,13 +22,11 @@ def find_template(files, settings, template_file):
     source = files.get("chat_template.jinja", b"").decode("utf-8", "replace")
     source = source or settings.get("chat_template") or ""
     if isinstance(source, list):         # [{name, template}, ...]: take the default one
-        named = [(t.get("name"), t.get("template")) for t in source if isinstance(t, dict)]
-        default = [template for name, template in named if name == "default"]
-        if not default:
-            names = ", ".join(str(name)[:40] for name, _ in named)
-            raise BadInput(f"none of the checkpoint's chat templates ({names}) is named default; save the "
-                           "one to use to a file and give it by --chat-template FILE")
-        source = default[0]
+        named = {str(t.get("name"))[:40]: t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
+        if not source:
+            raise BadInput(f"none of the checkpoint's chat templates ({', '.join(named)}) is named default; "
+                           "save the one to use to a file and give it by --chat-template FILE")
     return source
 
 
