@@ -21,8 +21,6 @@ def weight_files(folder):
     """{tensor name: (file, shape, dtype)} from the safetensors headers of a model folder."""
     folder, found = Path(folder), {}
     for path in _shards(folder):
-        if path.exists() and not path.is_file():
-            raise BadInput(f"{path}: not a file")        # a pipe would be waited for
         try:
             with safe_open(path, "pt") as f:
                 for name in f.keys():
@@ -36,7 +34,7 @@ def weight_files(folder):
 def _shards(folder):
     """The files that hold a model folder's weights."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists():
+    if single.is_file():                                 # a pipe would be waited for
         return [single]
     if not index.exists():
         raise BadInput(f"{folder}: no model.safetensors; convert pickled weights to safetensors first")
@@ -45,8 +43,8 @@ def _shards(folder):
     if not isinstance(table, dict) or not table:
         raise BadInput(f"{index}: no weight_map in it")
     for name, file in table.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise BadInput(f"{index}: {name} points to {file!r}, which is not a file name in this folder")
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+            raise BadInput(f"{index}: {name} points to {file!r}, which is not a file in this folder")
     return sorted({folder / file for file in table.values()})
 
 

@@ -321,9 +321,9 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a tensor too many": (weights(lambda w: w.update({TOP + "mlp.fourth.weight": torch.ones(2)})), "fourth", "not in the model"),
     "a tensor of another shape": (weights(lambda w: w.update({TOP + "mlp.up_proj.weight": torch.ones(24, 28)})), "(24, 28)", "(28, 24)"),
     "weights that are whole numbers": (weights(lambda w: w.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)})), "I8", "float32"),
-    "a shard that is missing": (index("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors", "not a sound safetensors file"),
-    "an index that points to ../": (index("../rows.jsonl"), "../rows.jsonl", "not a file name in this folder"),
-    "an index that points to /": (index("/etc/passwd"), "/etc/passwd", "not a file name in this folder"),
+    "a shard that is missing": (index("model-00002-of-00002.safetensors"), "model-00002-of-00002.safetensors", "not a file in this folder"),
+    "an index that points to ../": (index("../rows.jsonl"), "../rows.jsonl", "not a file in this folder"),
+    "an index that points to /": (index("/etc/passwd"), "/etc/passwd", "not a file in this folder"),
 
     # -- tokenizer and chat template
     "no tokenizer": (files(tokenizer=None), "no tokenizer.json", "copy it"),
