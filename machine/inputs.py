@@ -82,7 +82,6 @@ def _read(command, base, commit, world):
         cfg = dataclasses.replace(cfg, model=f"{cfg.model.partition('@')[0]}@{commit}")
     cfg = resolved(cfg, config.max_position_embeddings, world.size)
     text = Text(companions(source), source, config, "" if resume else cfg.chat_template)
-    files, notes = (text.files, []) if resume else text.exported()       # source/ holds what was exported
     data = read_data(rows, text, cfg, world.first)
     for name, size in batches(cfg).items():
         rows = len(data[0] if name == "batch_size" else data[2])
@@ -91,4 +90,4 @@ def _read(command, base, commit, world):
     steps = max(1, math.ceil(cfg.epochs * len(data[0]) / cfg.batch_size)) if cfg.steps is None else cfg.steps
     if not resume and world.first:
         checkpoint.may_write(cfg)
-    return Inputs(cfg, command.preset, base, commit, config, files, notes, text, data, steps)
+    return Inputs(cfg, command.preset, base, commit, config, *text.exported(), text, data, steps)
