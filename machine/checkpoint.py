@@ -158,10 +158,8 @@ def lock(out):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = os.path.samestat(os.fstat(file.fileno()), os.stat(out / "config.json"))
-        except (BlockingIOError, FileNotFoundError):
-            there = False
-        except OSError:                                  # a file system without locks
-            there = True
+        except OSError as error:                         # else a file system without locks
+            there = not isinstance(error, (BlockingIOError, FileNotFoundError))
         if not there:                                    # held, or replaced since it was opened
             file.close()
             raise BadInput(f"{out}: another process writes this run; wait for it, or stop it first")

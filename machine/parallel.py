@@ -41,9 +41,8 @@ class World:
 
     def all(self, value):
         """Every process's value, as a list, on every process."""
-        values = [value]
+        values = [value] * self.size
         if self.many:
-            values = [None] * self.size
             dist.all_gather_object(values, value, group=self.group)
         return values
 

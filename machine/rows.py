@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 from machine.files import BadInput, parse_json
@@ -142,13 +143,10 @@ class Row:
 
 def _is_packed(text):
     """Whether a text is a list of messages in JSON."""
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return bool(value) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text) if text.lstrip().startswith("[") else []
+        return bool(value) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    return False
 
 
 def _is_verifier(value):
