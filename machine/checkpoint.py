@@ -92,8 +92,7 @@ def load_optimizer(folder, model, optimizer):
 # --------------------------------------------------------------------------- a checkpoint
 def write_checkpoint(folder, parts, keep, world):
     """Write checkpoint/step-N from {part: value}, of which "own" is this process's. Whole or not there."""
-    own = {f"rank-{rank}": part for rank, part in enumerate(world.all(parts["own"]))}
-    parts = {name: value for name, value in parts.items() if name != "own"} | own
+    parts |= {f"rank-{rank}": own for rank, own in enumerate(world.all(parts.pop("own")))}
     with new_folder(folder) if world.first else contextlib.nullcontext() as temporary:
         for name, value in parts.items():
             to_disk(value, name, temporary)
@@ -253,12 +252,10 @@ def redistribute(parts, batch_size, seed, step, world):
         batch = [pair for pairs in waiting for pair in pairs[i:i + each]]
         ahead += batch[mine]
 
-    held = []
-    for part in parts:
-        pairs = unpack(part["eval_pairs"])
-        held += zip(pairs, part["gaps"] or [None] * len(pairs))
-    held = sorted(held, key=lambda x: x[0].row)[mine]
-    return {"buffer": buffer, "ahead": pack(ahead), "eval_pairs": pack([pair for pair, _ in held]),
-            "gaps": [gap for _, gap in held if gap is not None],
+    held = [pair for part in parts for pair in unpack(part["eval_pairs"])]
+    gaps = [gap for part in parts for gap in part["gaps"]]               # of all of them, or none yet
+    order = sorted(range(len(held)), key=lambda i: held[i].row)[mine]
+    return {"buffer": buffer, "ahead": pack(ahead), "eval_pairs": pack([held[i] for i in order]),
+            "gaps": [gaps[i] for i in order if gaps],
             "cut_rng": np.random.default_rng(stream(seed, "cuts", *place)).bit_generator.state,
             "sample_rng": torch.Generator().manual_seed(stream(seed, "sampler", *place)).get_state()}

@@ -21,7 +21,6 @@ class Diverged(Exception):
     code = 3
 
 
-# -------------------------------------------------------------------------------- signals
 class Signals:
     """What asks this process to stop. While nothing would be lost, `at_once`, it stops there and then; else
     where it is polled. asked: the signal, or None; again: the command that goes on, where there is a run."""
@@ -54,7 +53,6 @@ class Signals:
 signals = Signals()
 
 
-# ----------------------------------------------------------------------------- the screen
 class Screen:
     """A stream that shows ? for what it cannot encode, and is silent once nobody can read it: no run ends for
     its screen."""
@@ -92,7 +90,6 @@ def say(kind, text, always=False):
         print(kind + one_line(str(text), 700), file=sys.stderr)
 
 
-# -------------------------------------------------------------------------- its beginning
 def begin():
     """Called by the program before anything that takes long is imported."""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
