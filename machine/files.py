@@ -30,15 +30,13 @@ def parse_json(content, where, objects=None):
 
 def read_json(path, what="file"):
     """The value of a JSON file, or BadInput."""
+    if not os.path.exists(path):
+        raise BadInput(f"{path}: no such file; a {what} needs it")
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: not a file")            # a pipe would be waited for
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise BadInput(f"{path}: not a file")        # a pipe would be waited for
         return parse_json(Path(path).read_bytes(), path)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; a {what} needs it") from None
-    except (OSError, ValueError) as error:               # ValueError: a name that no file can have
-        if isinstance(error, BadInput):
-            raise
+    except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
 
 

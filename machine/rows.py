@@ -177,15 +177,14 @@ def _rows_of(path):
     if path.suffix in KINDS:
         recipe = RECIPE.format(source=f"'{KINDS[path.suffix]}', data_files={str(path)!r}", steps="")
         raise BadInput(f"{path}: only JSON lines are read; {recipe}")
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix:
-        raise BadInput(f"{path}: no such file; if it is a data set of the hub, "
-                       + RECIPE.format(source=repr(str(path)), steps=""))
+    if not path.exists():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
+        recipe = RECIPE.format(source=repr(str(path)), steps="")
+        raise BadInput(f"{path}: no such file" + f"; if it is a data set of the hub, {recipe}" * bool(hub))
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             rows = [Row(raw, place) for raw, place in _values(file, path)]
-    except (OSError, EOFError, ValueError, zlib.error) as error:     # ValueError: a name no file can have
-        if isinstance(error, BadInput):
-            raise
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not rows:
         raise BadInput(f"{path}: no rows in it")

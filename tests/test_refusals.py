@@ -245,9 +245,9 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
                                             "run/config.json", "JSON"),
 
     # -- data
-    "data that are not there": (flags("--data none.jsonl"), "none.jsonl", "No such file"),
-    "eval data that are not there": (flags("--eval-data none.jsonl"), "none.jsonl", "No such file"),
-    "SFT data that are not there": (flags("--sft-data none.jsonl"), "none.jsonl", "No such file"),
+    "data that are not there": (flags("--data none.jsonl"), "none.jsonl", "no such file"),
+    "eval data that are not there": (flags("--eval-data none.jsonl"), "none.jsonl", "no such file"),
+    "SFT data that are not there": (flags("--sft-data none.jsonl"), "none.jsonl", "no such file"),
     "data that are a model's folder": (flags("--data model"), "model/config.json, line 1", "not JSON"),
     "data that are a folder of something else": (files("--data notes", note="x"), "notes", "no .jsonl or .json file in it"),
     "data in parquet": (files("--data rows.parquet", rows_parquet=b"PAR1"), "rows.parquet", "only JSON lines are read", "to_json"),
@@ -293,7 +293,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a model name with a blank": ((lambda f: None, GOOD + ["--model", "my model"]), "--model my model", "hub name"),
     "a model name with NUL": ((lambda f: None, GOOD + ["--model", "mod\0el"]), "--model", "hub name"),
     "a model that is a file": (flags("--model rows.jsonl"), "--model ", "rows.jsonl: no such folder"),
-    "a data name with NUL": ((lambda f: None, GOOD + ["--data", "rows\0.jsonl"]), "rows", "cannot be read"),
+    "a data name with NUL": ((lambda f: None, GOOD + ["--data", "rows\0.jsonl"]), "rows", "no such file"),
 
     # -- config.json against the weights
     "no config.json": (files(config=None), "model/config.json", "model folder"),
