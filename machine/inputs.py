@@ -45,8 +45,7 @@ class Inputs:
 
     def origin(self):
         """(hub name, commit) of the base, or (its folder, None)."""
-        repo = self.cfg.model.partition("@")[0]
-        return (repo, self.commit) if self.commit else (Path(self.cfg.model).absolute(), None)
+        return self.cfg.model.partition("@")[0] if self.commit else self.cfg.model, self.commit
 
     def find_weights(self, world):
         """The base, complete: from the hub only when nothing else is left that could be refused."""
