@@ -559,7 +559,7 @@ def draw(r, folder):
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
                          "axes.grid": True, "grid.alpha": 0.25})
     own = "" if r.study.name == "study" else f"{r.study.name}_"
-    for name, drawing, size in ((r.study.name, draw_shares, (8, 0.34 * len(r.runs) + 1.2)),
+    for name, drawing, size in ((r.study.name, draw_shares, (8, 0.34 * len(r.trained) + 1.2)),
                                 (f"{own}compute", draw_compute, (7, 4)), (f"{own}pairs", draw_pairs, (9, 5.4))):
         figure = plt.figure(figsize=size, layout="constrained")
         drawing(r, figure)
@@ -569,7 +569,7 @@ def draw(r, folder):
 
 def draw_shares(r, figure):
     """What each variant gains over its base, at equal steps and at equal tokens."""
-    axis, shown = figure.subplots(), [variant for variant in r.runs if variant != "base"]
+    axis, shown = figure.subplots(), r.trained
     for mark, label, shift, look in (("steps 1", "equal steps", -0.14, dict(fmt="o", color="#0072b2")),
                                      ("tokens 1", "equal tokens", 0.14, dict(fmt="s", color="#d55e00"))):
         cells = [interval(r.gains(variant, mark)) for variant in shown]
