@@ -6,6 +6,7 @@ key-value head), and their weights are large: with defaults, or with weights of 
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -35,6 +36,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long or needs much memory; runs with --slow only")
     config.addinivalue_line("filterwarnings", "ignore::FutureWarning:transformers")
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # nohup and a shell's & have these ignored, by children too
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config, items):
