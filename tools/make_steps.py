@@ -8,7 +8,6 @@ before. All rows are clean, and no problem occurs twice, in one file or in two.
 The base rows are for SFT: so few that a small decoder learns the sums, but not all of them. The other rows also hold `rejected`,
 another wording with one slip in a sum, by 1 or by 10 (as with a carry forgotten), from which the rest follows: offline DPO and ORPO need it.
 """
-import argparse
 import json
 import random
 import sys
@@ -20,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from tokenizers import pre_tokenizers
 
 from machine.report import passes
-from make_tiny import CONFIG, write_model
+from make_tiny import CONFIG, options, write_model
 
 NAMES = "Mia Lucy Nora Zoe Clara Tina Julia Sara Ben Tom Leo Paul Noah Felix Hugo Peter".split()
 THINGS = "beads shells coins stamps cards nuts apples stones pens cups".split()
@@ -91,11 +90,7 @@ def row(rng, others, split, facts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = options(__doc__)
     rng, problems = random.Random(args.seed), {}
     while len(problems) < sum(SIZES.values()):
         facts = problem(rng)

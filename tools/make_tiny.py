@@ -159,12 +159,18 @@ def write_model(folder, texts, config=CONFIG, words=pre_tokenizers.ByteLevel(add
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def options(doc):
+    """--out, a folder that is there then, and --seed."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder for the files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main():
+    args = options(__doc__)
     rng, others = random.Random(args.seed), random.Random(args.seed + 1)
 
     clean = []

@@ -28,14 +28,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import torch
 
 import study
-from buffer import Pair
 from machine.dataset import Data
 from machine.files import write_json
 from machine.flags import parse
 from machine.folders import companions, load_pretrained
 from machine.rows import read_rows
 from machine.text import Text
-from measure import Listening, base_model, known
+from measure import base_model, known
 from model import twin
 
 BATCH, BUFFER = 8, 64
@@ -98,34 +97,28 @@ class Real(study.Study):
         return splits
 
     def base(self, job):
-        """Its folder also holds the splits, and the base's own answers to the training prompts as their `rejected`."""
-        self.folder, rows = Path(f"{job['bases']}-seed-{job['seed']}"), self.splits()
+        """Its folder lies beside the splits; `rejected` of the training rows is the base's own answer to each prompt."""
+        self.folder, self.parts = Path(f"{job['bases']}-seed-{job['seed']}"), self.splits()
         self.folder.mkdir(parents=True, exist_ok=True)
-        paths = {split: self.path(split) for split in rows}
-        for split in ("base", "validation", "test"):
-            write_rows(paths[split], [row[:3] for row in rows[split]])
-        folder = Path(self.model)
-        if job["sft_steps"]:
-            sft = (f"--data {paths['base']} --eval-data {paths['test']} --sft-data {paths['base']} --sft-lr 2e-5 "
-                   f"--sft-steps {job['sft_steps']} --sft-batch-size {BATCH}")
-            folder = base_model(job["seed"], [*self.flags, *sft.split()], job["bases"], preset=())
-        said = known(self.folder / "own.json") or self.own_answers(folder, job, rows["train"])
-        write_rows(paths["train"], [(prompt, chosen, own) for (prompt, chosen, *_), own in zip(rows["train"], said)])
+        own = self.folder / "own.json"
+        for split, rows in self.parts.items():
+            if split != "train" or not own.exists():     # there its faults stand, until the base has answered
+                write_rows(self.path(split), [row[:3] for row in rows])
+        if not job["sft_steps"]:
+            return Path(self.model)
+        sft = (f"--data {self.path('base')} --eval-data {self.path('test')} --sft-data {self.path('base')} --sft-lr 2e-5 "
+               f"--sft-steps {job['sft_steps']} --sft-batch-size {BATCH}")
+        folder = base_model(job["seed"], [*self.flags, *sft.split()], job["bases"], preset=())
+        if not own.exists():
+            model, text, cfg = self.opened(folder, job, [])
+            data = self.rows("train", text, cfg, None)
+            write_json(own, study.heard(model, data, text, cfg, cfg.temperature, cfg.top_k, cfg.top_p)[0])
+        answers = [said.strip() or "-" for said in known(own)]
+        write_rows(self.path("train"), [(*row[:2], said) for row, said in zip(self.parts["train"], answers)])
         return folder
 
     def path(self, split):
         return self.folder.with_name(f"{self.folder.name}-{split}.jsonl")
-
-    def own_answers(self, folder, job, rows):
-        """The answers of the model in a folder to the prompts of rows, sampled; kept beside it."""
-        write_rows(self.path("asked"), [row[:3] for row in rows])
-        model, text, cfg = self.opened(folder, job, [])
-        data = Data(read_rows(self.path("asked")), text, cfg, "train")
-        pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in range(len(data))]
-        answers = Listening(data, pairs, cfg, text).answers(model.eval(), pairs, cfg.temperature, cfg.top_k, cfg.top_p)
-        said = [text.decode(ids, True).strip() or "-" for ids in answers]
-        write_json(self.folder / "own.json", said)
-        return said
 
     def opened(self, folder, job, flags):
         model = load_pretrained(folder)
@@ -137,7 +130,7 @@ class Real(study.Study):
 
     def rows(self, split, text, cfg, n):
         data = Data(read_rows(self.path(split))[:n], text, cfg, split)
-        data.checks = [row[3] for row in self.splits()[split][:n]]
+        data.checks = [row[3] for row in self.parts[split][:n]]
         if len(data) != len(data.checks):
             raise SystemExit(f"{self.command}: rows of {split} are too long for {self.lengths}")
         return data
