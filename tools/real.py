@@ -1,6 +1,6 @@
 """The study on a real checkpoint, with two tasks whose answers a program can check, by the rules in docs/study.md.
 
-    python tools/real.py constraints --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [--dtype bfloat16] [...]
+    python tools/real.py constraints --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [...]
     python tools/real.py arithmetic  --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl
     python tools/real.py constraints --report
 
@@ -19,13 +19,10 @@ import itertools
 import json
 import re
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-import torch
 
 import study
 from machine.dataset import Data
@@ -35,7 +32,6 @@ from machine.folders import companions, load_pretrained
 from machine.rows import read_rows
 from machine.text import Text
 from measure import base_model, known
-from model import twin
 
 BATCH, BUFFER = 8, 64
 
@@ -67,7 +63,7 @@ class Real(study.Study):
     claims |= {"EMA, buffer and segment over on-policy": ("SAPO-DPO", "on-policy")}
     bases = {"base": 1, "start": 0}                  # start: the checkpoint itself
     first, tried = {"dpo": (1e-5, 3e-5), "orpo": (1e-5, 3e-5)}, 3
-    seeds, steps, sft_steps, learned = 3, 40, 40, 0.0
+    seeds, steps, sft_steps, learned, parts = 3, 40, 40, 0.0, (1,)
     computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT")
     in_pairs = ("SAPO-DPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
     sizes = {"base": 324, "train": 168, "validation": 60, "test": 108}
@@ -75,12 +71,9 @@ class Real(study.Study):
     def given(self, args):
         """Takes the checkpoint and the files of rows; the workers' commands begin with `words`."""
         self.model, self.files = args.model, (args.data, args.eval_data)
-        self.words = [args.task, "--model", args.model, "--data", args.data, "--eval-data", args.eval_data,
-                      "--dtype", args.dtype]
-        if args.dtype == "bfloat16":
-            self.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        self.words = [args.task, "--model", args.model, "--data", args.data, "--eval-data", args.eval_data]
         self.flags = [*f"--device cpu --batch-size {BATCH} --micro-batch {BATCH} --buffer-size {BUFFER} --segment 50% "
-                      f"--optimizer adamw --generate-rows 12 --dtype {args.dtype} --eval-every 0 --save-every 0 --keep 0 "
+                      f"--optimizer adamw --generate-rows 12 --dtype float32 --eval-every 0 --save-every 0 --keep 0 "
                       "--eval-rows 1 --samples 0".split(), *self.lengths.split(), "--model", args.model,
                       "--data", args.data]
 
@@ -124,9 +117,6 @@ class Real(study.Study):
         model = load_pretrained(folder)
         cfg = parse([*self.flags, "--seed", str(job["seed"]), *flags]).cfg
         return model, Text(companions(folder), folder, model.config), cfg
-
-    def generator(self, model):
-        return None if self.autocast is nullcontext else twin(model).to(torch.bfloat16)
 
     def rows(self, split, text, cfg, n):
         data = Data(read_rows(self.path(split))[:n], text, cfg, split)
@@ -212,7 +202,7 @@ def meets(demand, answer):
 
 class Constraints(Real):
     name, steps_are, tokens = "constraints", "", 28_000
-    lengths = "--max-length 256 --max-prompt-length 160 --eval-tokens 64"
+    lengths = "--max-length 256 --max-prompt-length 160 --eval-tokens 48"
 
     def steps_of(self, answer):
         return []
@@ -221,7 +211,7 @@ class Constraints(Real):
         """The demands in turn: each short row of one line is put the next that its answer does not meet by itself."""
         made = []
         for prompt, chosen in rows:
-            if "\n" in chosen.strip() or len(chosen) > 220 or len(prompt) > 300:
+            if "\n" in chosen.strip() or len(chosen) > 100 or len(prompt) > 200:
                 continue
             made += list(itertools.islice(self.asked(prompt, chosen.strip(), len(made)), 1))
         return made
@@ -242,7 +232,6 @@ def main(argv=None):
     parser.add_argument("task", choices=tasks)
     for name in ("--model", "--data", "--eval-data"):
         parser.add_argument(name, default="")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of autocast and generator")
     if {"-h", "--help"} & {*argv}:
         parser.print_help()
         return study.main(["--help"], Constraints(), "the options of tools/study.py:")

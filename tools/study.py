@@ -112,8 +112,8 @@ class Study:
     first = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}  # tried at once; then outward while the best is the last
     tried = 5                                        # rates of a variant at most
     seeds, steps, tokens, sft_steps = 5, 96, 220_000, 1000
+    parts = (0.5, 1)                                 # of the tokens, where a run is measured
     learned = 0.1                                    # a base below this on validation prompts has learned no sums
-    autocast = nullcontext
     computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")   # in the picture of tokens
     in_pairs = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")     # in that of pairs
     flags = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "96",
@@ -128,9 +128,6 @@ class Study:
     def opened(self, folder, job, flags):
         """(model, Text, Config)."""
         return opened(folder, job["seed"], [*self.flags, *flags])
-
-    def generator(self, model):
-        """What generates in place of the EMA and follows it, or None."""
 
     def rows(self, split, text, cfg, n):
         """The first n rows of a split, or all, as Data; checks: for each row whether an answer is right."""
@@ -195,9 +192,9 @@ def run(study, job):
                      "in other digits: bring that folder, or begin a study in another folder of --figures")
     model, text, cfg = study.opened(folder, job, flags)
     data, validation, test = (study.rows(split, text, cfg, job["rows"]) for split in ("train", "validation", "test"))
-    marks = [("steps", job["steps"]), *(("tokens", share * job["tokens"]) for share in (0.5, 1))]
+    marks = [("steps", job["steps"]), *(("tokens", part * job["tokens"]) for part in study.parts)]
     counts, points, fresh = {"steps": 0, "generated": 0, "trained": 0, "tokens": 0}, [], []
-    step, state = stepper(model, data, text, cfg, study.autocast, study.generator(model))
+    step, state = stepper(model, data, text, cfg)
     if not job["lr"]:                                    # the base itself
         start = {**counts, "mark": ["start"], **measured(study, model, test, text, cfg)}
         points, marks = [start | further(model, validation, test, text, cfg)], []
@@ -230,20 +227,20 @@ def fingerprint(folder):
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def stepper(model, data, text, cfg, autocast=nullcontext, generator=None):
+def stepper(model, data, text, cfg):
     """(a function that takes one step at a learning rate and returns its metrics, its State): of Algorithm 1, or of SFT
     where the loss looks at y+ alone: the same step (tests/test_study.py), without the half of it that counts for nothing."""
     optimizer, draw = train.make_optimizer(model, cfg), Draw(data, cfg.batch_size, cfg.seed, World("cpu"))
     state = State.start(model, cfg, text.eos, cfg.seed, vocab=text.vocab, breaks=text.breaks(cfg.segment),
-                        optimizer=optimizer, generator=generator, steps_per_epoch=max(1, round(len(data) / cfg.batch_size)))
+                        optimizer=optimizer, steps_per_epoch=max(1, round(len(data) / cfg.batch_size)))
 
     def step(lr):
         for group in optimizer.param_groups:
             group["lr"] = lr
         if cfg.loss != "orpo" or cfg.lam:
-            return sapo_step(state, draw, cfg, autocast)
+            return sapo_step(state, draw, cfg, nullcontext)
         rows = draw(cfg.batch_size)
-        return train.sft_step(model, optimizer, rows, cfg, autocast) | {
+        return train.sft_step(model, optimizer, rows, cfg, nullcontext) | {
             "gen/tokens": 0, "train/tokens": sum(len(e.prompt) + len(e.chosen) for e in rows)}
 
     return step, state
@@ -500,8 +497,8 @@ def tokens_table(r):
     rows = []
     for variant in r.trained:
         steps = statistics.mean(point["steps"] for point in r.points(variant, "tokens 1"))
-        rows.append([variant, f"{steps:.0f}", *(cell(r.gains(variant, f"tokens {part}"), 3, "+") for part in ("0.5", "1"))])
-    return markdown(["variant", "steps", "over the base at half of the tokens", "at all"], rows)
+        rows.append([variant, f"{steps:.0f}", *(cell(r.gains(variant, f"tokens {part:g}"), 3, "+") for part in r.study.parts)])
+    return markdown(["variant", "steps", *["over the base at half of the tokens", "at all"][-len(r.study.parts):]], rows)
 
 
 def claims(r, mark):
@@ -590,7 +587,7 @@ def draw_compute(r, figure):
     axis = figure.subplots()
     for i, variant in enumerate(v for v in r.study.computed if v in r.runs):
         marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.gains(variant, mark)))
-                       for mark in ("tokens 0.5", "tokens 1", "steps 1"))
+                       for mark in (*(f"tokens {part:g}" for part in r.study.parts), "steps 1"))
         x, y, half = np.array([(0, 0, 0), *marks]).T
         axis.errorbar(x / 1e3, y, np.nan_to_num(half), marker="os^vDP*"[i], markersize=4, capsize=2, linewidth=1.2, label=variant)
     axis.set_xlabel("thousand tokens generated and trained on")
