@@ -63,7 +63,7 @@ class Real(study.Study):
     claims |= {"EMA, buffer and segment over on-policy": ("SAPO-DPO", "on-policy")}
     bases = {"base": 1, "start": 0}                  # start: the checkpoint itself
     first, tried = {"dpo": (1e-5, 3e-5), "orpo": (1e-5, 3e-5)}, 3
-    seeds, steps, sft_steps, learned, parts = 3, 40, 40, 0.0, (1,)
+    seeds, steps, sft_steps, learned, token_parts = 3, 40, 40, 0.0, (1,)
     computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT")
     in_pairs = ("SAPO-DPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
     sizes = {"base": 324, "train": 168, "validation": 60, "test": 108}
@@ -71,7 +71,7 @@ class Real(study.Study):
     def given(self, args):
         """Takes the checkpoint and the files of rows; the workers' commands begin with `words`."""
         self.model, self.files = args.model, (args.data, args.eval_data)
-        self.words = [args.task, "--model", args.model, "--data", args.data, "--eval-data", args.eval_data]
+        self.words = [*self.words, "--model", args.model, "--data", args.data, "--eval-data", args.eval_data]
         self.flags = [*f"--device cpu --batch-size {BATCH} --micro-batch {BATCH} --buffer-size {BUFFER} --segment 50% "
                       f"--optimizer adamw --generate-rows 12 --dtype float32 --eval-every 0 --save-every 0 --keep 0 "
                       "--eval-rows 1 --samples 0".split(), *self.lengths.split(), "--model", args.model,
@@ -142,7 +142,7 @@ def right_step(asked, said):
 
 
 class Arithmetic(Real):
-    name, steps_are, tokens = "arithmetic", "steps", 90_000
+    name, words, steps_are, tokens = "arithmetic", ["arithmetic"], "steps", 90_000
     lengths = "--max-length 384 --max-prompt-length 192 --eval-tokens 144"
 
     def steps_of(self, answer):
@@ -201,7 +201,7 @@ def meets(demand, answer):
 
 
 class Constraints(Real):
-    name, steps_are, tokens = "constraints", "", 28_000
+    name, words, steps_are, tokens = "constraints", ["constraints"], "", 28_000
     lengths = "--max-length 256 --max-prompt-length 160 --eval-tokens 48"
 
     def steps_of(self, answer):

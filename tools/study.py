@@ -112,7 +112,7 @@ class Study:
     first = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}  # tried at once; then outward while the best is the last
     tried = 5                                        # rates of a variant at most
     seeds, steps, tokens, sft_steps = 5, 96, 220_000, 1000
-    parts = (0.5, 1)                                 # of the tokens, where a run is measured
+    token_parts = (0.5, 1)                            # of the tokens, where a run is measured
     learned = 0.1                                    # a base below this on validation prompts has learned no sums
     computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")   # in the picture of tokens
     in_pairs = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")     # in that of pairs
@@ -192,7 +192,7 @@ def run(study, job):
                      "in other digits: bring that folder, or begin a study in another folder of --figures")
     model, text, cfg = study.opened(folder, job, flags)
     data, validation, test = (study.rows(split, text, cfg, job["rows"]) for split in ("train", "validation", "test"))
-    marks = [("steps", job["steps"]), *(("tokens", part * job["tokens"]) for part in study.parts)]
+    marks = [("steps", job["steps"]), *(("tokens", part * job["tokens"]) for part in study.token_parts)]
     counts, points, fresh = {"steps": 0, "generated": 0, "trained": 0, "tokens": 0}, [], []
     step, state = stepper(model, data, text, cfg)
     if not job["lr"]:                                    # the base itself
@@ -426,7 +426,7 @@ class Results:
         self.found, self.study = found, study
         self.seeds, _ = study.with_base(found)
         self.runs, self.rates = {}, {}
-        for variant in [*study.bases, *study.relatives]:
+        for variant in [*study.bases, *study.relatives] if self.seeds else []:
             lr = None if variant in study.bases else study.chosen_rate(variant, found, self.seeds)[0]
             runs = [found.get((variant, lr, seed)) for seed in self.seeds]
             if all(runs):                                # a variant with runs missing is not shown
@@ -497,8 +497,8 @@ def tokens_table(r):
     rows = []
     for variant in r.trained:
         steps = statistics.mean(point["steps"] for point in r.points(variant, "tokens 1"))
-        rows.append([variant, f"{steps:.0f}", *(cell(r.gains(variant, f"tokens {part:g}"), 3, "+") for part in r.study.parts)])
-    return markdown(["variant", "steps", *["over the base at half of the tokens", "at all"][-len(r.study.parts):]], rows)
+        rows.append([variant, f"{steps:.0f}", *(cell(r.gains(variant, f"tokens {part:g}"), 3, "+") for part in r.study.token_parts)])
+    return markdown(["variant", "steps", *["over the base at half of the tokens", "at all"][-len(r.study.token_parts):]], rows)
 
 
 def claims(r, mark):
@@ -544,7 +544,7 @@ def relatives(study):
 
 def page(tables, study):
     """The file of tables."""
-    return f"What `python {study.command}` prints.\n\n{tables}\n"
+    return f"What `python {' '.join([study.command, *study.words[:1]])}` prints.\n\n{tables}\n"
 
 
 # ----------------------------------------------------------------------------- pictures
@@ -587,7 +587,7 @@ def draw_compute(r, figure):
     axis = figure.subplots()
     for i, variant in enumerate(v for v in r.study.computed if v in r.runs):
         marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.gains(variant, mark)))
-                       for mark in (*(f"tokens {part:g}" for part in r.study.parts), "steps 1"))
+                       for mark in (*(f"tokens {part:g}" for part in r.study.token_parts), "steps 1"))
         x, y, half = np.array([(0, 0, 0), *marks]).T
         axis.errorbar(x / 1e3, y, np.nan_to_num(half), marker="os^vDP*"[i], markersize=4, capsize=2, linewidth=1.2, label=variant)
     axis.set_xlabel("thousand tokens generated and trained on")
@@ -673,6 +673,9 @@ def main(argv=None, study=None, doc=__doc__):
     if code:
         return code
     results = Results(read(path), study)
+    if not results.trained:
+        print("no variant has all of its runs yet, so there is nothing to show")
+        return 0
     tables = report(results)
     (figures / f"{study.name}.md").write_text(page(tables, study), "utf-8")
     draw(results, figures)
