@@ -124,11 +124,11 @@ def unpack(arrays):
 
 # ---------------------------------------------------------------------- a batch
 class Batch(NamedTuple):
-    """n pairs as one stream of tokens: of each pair y+, then what y- does not share with it.
+    """n pairs as one stream of tokens: for each, y+ and then the part of y- that is not shared.
 
         place     0  1  2  3  4  5  6  7  8  9
         ids       x  x  A  B  B  C  A  B' B' C
-        labels    .  A  B  B  C  C  B' B' C  C      the token after, so that nobody else shifts
+        labels    .  A  B  B  C  C  B' B' C  C      the next token: shifted here, nowhere else
         rows      0  1  2  3  4  5                  y+
                   0  1              6  7  8  9      y-
 
@@ -197,8 +197,8 @@ def label(pair, score_on, common, nll_on):
 def collate(pairs, share=True, score_on="response", common=True, nll_on=None, sides=2):
     """Pairs as one Batch.
 
-    share: what both texts of a pair begin with stands in the stream once. Without it both are
-    there in full, or with sides=1 the chosen texts alone (fine-tuning).
+    share: the common beginning of a pair's texts stands in the stream once. Without it both texts
+    are there in full, or with sides=1 only the chosen ones (fine-tuning).
     score_on: "response" or "segment" (B and B' only); common: whether tokens that both texts begin
     with are scored; nll_on: more labels for the chosen text, "response" or "prompt+response".
     """

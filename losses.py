@@ -1,9 +1,9 @@
-"""Losses: what one pair (chosen, rejected) is worth, and [7] of Algorithm 1.
+"""Losses: what one pair (chosen, rejected) costs, and [7] of Algorithm 1.
 
-Holds the losses as pure functions of tensors, one cited equation each, the table `LOSSES` that says
-what each is given, the token log-probs they are made of, and what joins them to a model and a
-Batch. A new loss is one function, one row of the table, its name in the tuples below it, and one
-test. Leaves out what has a state, and the mean over pairs. Log-probs are float32 or wider.
+Holds the losses as pure functions of tensors, one cited equation each; the table `LOSSES`, which
+says what each is given; the token log-probs they use; and what applies them to a model and a Batch.
+A new loss is one function, one row of the table, its name in the tuples below it, and one test.
+Leaves out anything with a state, and the mean over pairs. Log-probs are float32 or wider.
 
 Axes: n pairs, N tokens of a stream, R texts, L tokens of a text, D hidden size, V vocabulary.
 """
@@ -47,8 +47,8 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """IPO (arXiv 2310.12036, eq. 17): (log pi/ref (y+) - log pi/ref (y-) - 1 / (2 beta))^2.
 
-    As dpo_loss, but of log-probs *averaged* over response tokens, as its authors and TRL have it;
-    beta is the paper's tau. The gap is drawn to a finite value, where DPO's grows without end.
+    Like dpo_loss, but with log-probs *averaged* over response tokens, as its authors and TRL have
+    it; beta is the paper's tau. The gap is pulled to a finite value; DPO's grows without bound.
     """
     chosen_rewards, rejected_rewards = chosen - ref_chosen, rejected - ref_rejected
     loss = (chosen_rewards - rejected_rewards - 1 / (2 * beta)).square()
@@ -60,8 +60,8 @@ def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, prompts, beta, tau):
     mean over j of -log sigmoid(w_ij [reward(y+_i) - reward(y-_j)]), with w_ij = softmax over j of
     (cos(x_i, x_j) - 1) / tau.
 
-    As dpo_loss, of *sums* from the first response token on, as beginnings of different pairs do not
-    cancel. prompts: (n, D), a vector of each prompt. At n = 1 it is DPO.
+    Takes *sums*, like dpo_loss, but over all response tokens, as the beginnings of different pairs
+    do not cancel. prompts: (n, D), one vector per prompt. With n = 1 it is DPO.
     """
     chosen_rewards = beta * (chosen - ref_chosen)
     rejected_rewards = beta * (rejected - ref_rejected)
@@ -166,8 +166,8 @@ def by_side(values, batch):
 
 
 def score(model, batch):
-    """Summed log-probs (chosen, rejected), each (n,), of the tokens that a Batch scores: how the
-    reference and an evaluation see a pair. The policy's sums are the same (preference_loss)."""
+    """Summed log-probs (chosen, rejected), each (n,), of the tokens that a Batch scores, for the
+    reference and for evaluation. The policy's sums are taken the same way (preference_loss)."""
     return by_side(batch_logps(model, batch) * batch.scored, batch)
 
 
@@ -203,7 +203,7 @@ LOSSES = {          # name: the Loss of Scores s under settings c
     "slic": lambda s, c: slic_loss(s.nll, *s.sums, c.delta, c.lam)}
 WITH_REFERENCE = ("dpo", "ipo", "rpo")
 OF_MEANS = ("ipo", "simpo", "orpo")
-WITH_NLL = ("orpo", "slic")         # of themselves; SAPOConfig.nll adds one to any loss
+WITH_NLL = ("orpo", "slic")         # by definition; SAPOConfig.nll adds one to any loss
 
 
 def scored_tokens(cfg):
@@ -215,8 +215,8 @@ def scored_tokens(cfg):
 
 
 def preference_loss(policy, batch, cfg, reference=None, prompts=None):
-    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: its (chosen, rejected), for a loss
-    WITH_REFERENCE; prompts: (n, D), for RPO. ValueError for a loss that is not in LOSSES.
+    """[7]: (loss (n,), {metric: (n,)}) of a Batch. reference: that model's (chosen, rejected), for
+    losses WITH_REFERENCE; prompts: (n, D), for RPO. ValueError for a loss that is not in LOSSES.
 
     Two metrics are this method's own. pairs/seam_gap: log p(C after A B) - log p(C after A B'),
     0 where y- has no C. pairs/segment_gap: the rest of log p(y+) - log p(y-), which is B against

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-LARGE = 2**17        # numbers of a matrix from which on `linear` takes its other product
+LARGE = 2**17        # matrices this large get the other product of `linear`
 
 
 @dataclass
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 def linear(x, weight, bias=None):
     """F.linear, x (..., columns) -> (..., rows), but where a CPU decodes (few tokens, a large
-    matrix) as a batched product of 16 rows at a time. The usual one packs the whole matrix anew in
+    matrix), a batched product of 16 rows at a time. The usual product repacks the whole matrix in
     each call; this one takes half the time on two cores (tools/bench.py generate).
     """
     few = x.numel() // x.shape[-1] <= 32 and weight.numel() >= LARGE and weight.shape[0] % 16 == 0
@@ -91,8 +91,8 @@ class Linear(nn.Linear):
 def rotary_frequencies(config):
     """Rotary inverse frequencies theta^(-2i/E), scaled as the config asks: (E / 2,) float32.
 
-    Long waves are slowed by `factor`, short ones kept, others blended. Which is which llama3 tells
-    by the turns that a wave makes in the original context, yarn (arXiv 2309.00071) by its number i.
+    Long waves are slowed by `factor`, short ones kept, others blended. Which is which depends, for
+    llama3, on a wave's turns in the original context, for yarn (arXiv 2309.00071) on its index i.
     """
     rope, E = config.rope, config.head_dim
     i = torch.arange(E // 2, dtype=torch.float32, device="cpu")
@@ -218,8 +218,8 @@ class View:
         return (key <= query) & (key > query - self.window) if self.window else key <= query
 
     def mask(self, positions, width, decoding):
-        """Which of `width` keys are seen, bool; None: all up to oneself. In decoding by one query a
-        row, at its position (B, 1), else by each of them."""
+        """Which of `width` keys are seen, bool; None: plain causal. In decoding: for one query a
+        row, at its position (B, 1); else for each place."""
         keys = torch.arange(width, device=positions.device)
         if decoding:
             return self.visible(positions, keys)[:, None]                  # (B, 1, 1, W)
@@ -258,8 +258,8 @@ class Transformer(nn.Module):
         """Logits (..., V) of ids (...) int64, or head(hidden, lm_head.weight) where one is given.
 
         rows (B, T): ids (N,) is a stream of texts, without padding. Token t of text b is
-        ids[rows[b, t]], and -1 stands behind the text's end. Texts that begin alike may share these
-        tokens, which are then computed once. Attention alone goes by rows.
+        ids[rows[b, t]], and -1 stands past the text's end. Texts with a common beginning may share
+        its tokens, which are then computed once. Only attention goes by rows.
         Without rows, ids (B, T) are texts of one length, or padded on the right.
         cache: a KVCache for these rows to fill, or to extend by ids (B, 1) at positions (B, 1).
         """
@@ -416,8 +416,8 @@ def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.
     """Continue each prompt (a list of ids) by at most its budget, up to and including a token of
     `eos`: a list of lists. ValueError if a prompt is empty.
 
-    rng: a CPU torch.Generator, not needed at temperature 0. Never sampled are ids from `vocab` on,
-    as a padded embedding has more rows than there are tokens, and those of `ban`. lap(stage) is
+    rng: a CPU torch.Generator, not needed at temperature 0. Ids from `vocab` on (a padded embedding
+    has more rows than there are tokens) and those of `ban` are never sampled. lap(stage) is
     called after "prefill" and "decode", see(tokens (B,)) after each token but the last.
     """
     if not all(prompts):

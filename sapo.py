@@ -22,8 +22,8 @@
     beta, lambda     SAPOConfig.beta, .lam
     buffer           State.buffer                               ReplayBuffer of Pairs
 
-y+ and y- begin with the same x + A, and a batch is one stream of tokens in which that stands once
-for both (buffer.Batch). No padding goes through the model's matrices; attention alone has rows.
+y+ and y- begin with the same x + A, and a batch is one stream of tokens in which both share one
+copy of it (buffer.Batch). No padding goes through the model's matrices; only attention uses rows.
 
 Left out: files, flags, printing, processes and the learning rate's schedule. With what this file
 defines, `random`, and load_pretrained of machine/folders.py, a run in a notebook is five lines:
@@ -62,8 +62,8 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
     n = cfg.batch_size // state.processes
     state.clock.start()
 
-    # Sampling: the EMA model rewrites a segment of each chosen response. It stands still until its
-    # next update, so the pairs of the steps until then are made at once, and wait in `ahead`.
+    # Sampling: the EMA model rewrites a segment of each chosen response. It stays fixed until
+    # its next update, so the pairs for all steps until then are made at once and wait in `ahead`.
     fresh_pairs = 0 if state.step % cfg.generate_every else n
     if fresh_pairs and not state.ahead and cfg.rejected == "data":
         state.ahead.extend(map(pair_of_data, draw(n)))                     # an offline baseline
@@ -110,8 +110,8 @@ class Example(NamedTuple):
 
 def split(chosen, segment, eos, rng, breaks=(), after="keep"):
     """[2]: (start, stop) of B in y+, uniform over all legal cuts. B never holds the end token,
-    except with after "rewrite", where B is all of y+ from its start on. breaks: the ids that end a
-    sentence or a line, where B is one."""
+    except with after "rewrite", where B is the whole rest of y+. breaks: the ids that end a
+    sentence or a line, if B is one."""
     if not chosen[1:] and set(chosen) <= set(eos):
         raise ValueError("there is nothing to rewrite in an empty response")
     n = len(chosen) - (chosen[-1] in eos)
@@ -126,15 +126,15 @@ def split(chosen, segment, eos, rng, breaks=(), after="keep"):
 
 
 def segment_length(segment, n):
-    """Tokens in B for n tokens to choose from: "256" is tokens, "50%" a share; from 1 to n."""
+    """The length of B, from 1 to n, in a text of n tokens: "256" is tokens, "50%" a share."""
     if segment.endswith("%"):
         return max(1, min(round(n * float(segment[:-1]) / 100), n))
     return max(1, min(int(segment), n))
 
 
 def pieces(ids, breaks):
-    """(start, stop) of each sentence or line of a text, which its first token of `breaks` ends.
-    Further ones, such as an empty line's, belong to none. A text without any is one piece."""
+    """(start, stop) of each sentence or line of a text; the first token in `breaks` ends it.
+    Further ones, such as an empty line's, belong to no piece. A text without any is one piece."""
     found, start = [], None
     for place, token in enumerate(ids):
         if start is None and token not in breaks:
@@ -148,10 +148,10 @@ def pieces(ids, breaks):
 def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_lap, breaks=()):
     """[3]: B' for each example. The model sees x and A only, never B or C.
 
-    B' is at most as long as B, a sentence or line at most LONGEST tokens if that is more, and with
-    cfg.after "rewrite" it goes on to its own end token; x and y- stay within cfg.max_length.
-    At most cfg.generate_rows texts are generated at once; that number changes none of them,
-    rounding aside. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
+    B' is at most as long as B (a sentence or line: or LONGEST tokens, if that is more). With
+    cfg.after "rewrite" it runs to its own end token. x and y- stay within cfg.max_length. At
+    most cfg.generate_rows texts are generated at once; that number does not change them, rounding
+    aside. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
     """
     ends, banned = (eos, ()) if cfg.eos_in_segment == "stop" else ((), eos)
     length, budgets = cfg.max_length or model.config.max_position_embeddings, []
@@ -187,10 +187,10 @@ def pair_of_data(example):
 
 
 def steps_ahead(state, cfg):
-    """Batches needed until the EMA moves, which are made at once; cfg.generate_ahead at most.
+    """Batches needed until the EMA moves, to be made at once: cfg.generate_ahead at most.
 
-    Cuts, texts and the buffer's draws have random numbers of their own, and a text's do not depend
-    on the others: pairs come out as they would one step at a time, rounding aside.
+    Cuts, texts and the buffer's draws have separate random numbers, and no text's depend on another
+    text, so pairs come out as they would one step at a time, rounding aside.
     """
     steps = period(cfg.ema_every, state)
     return min(-(-(steps - state.step % steps) // cfg.generate_every), cfg.generate_ahead)
@@ -257,8 +257,8 @@ def prompt_vectors(model, pairs):
 
 
 def optimizer_step(optimizer, policy, max_grad_norm):
-    """[8], unless a gradient is not finite. Gradients are clipped to max_grad_norm (0: they are
-    not). Returns their norm before that, the same on all processes."""
+    """[8], unless a gradient is not finite. Gradients are clipped to max_grad_norm (0: no
+    clipping). Returns their norm before clipping, the same on all processes."""
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm or torch.inf)
     norm = unshard(norm).item()
     if math.isfinite(norm):
@@ -306,7 +306,7 @@ def is_due(every, state):
 
 # ---------------------------------------------------------------------- metrics
 def pair_metrics(state, fresh, pairs):
-    """What this method adds to the usual metrics: of fresh and drawn pairs, buffer and seconds."""
+    """The metrics this method adds to the usual ones: on fresh and drawn pairs, buffer and time."""
     times, eos = state.clock.seconds, state.eos
     generating = times.get("prefill", 0.0) + times.get("decode", 0.0)
     ended = [p.rejected_stop == len(p.rejected) and p.rejected[-1] in eos for p in fresh]
@@ -355,13 +355,13 @@ def setting(default, help, source="ours", **more):
 
 STEPS = r"[1-9]\d{0,8}"
 PIECES = ("sentence", "line")       # segments that are not a number of tokens
-LONGEST = 64                        # tokens of such a B' at most, if B is no longer
+LONGEST = 64                        # most tokens in such a B', unless B is longer
 
 
 @dataclass
 class SAPOConfig:
-    """Every choice of the method, each a field with its source. Defaults are SAPO-DPO's: the
-    paper's, else the authors' code's, else ours."""
+    """Every choice of the method, each a field with its source. Defaults are SAPO-DPO's: from the
+    paper, else from the authors' code, else ours."""
     loss: str = setting("dpo", "preference loss", "paper: dpo, orpo; ours", choices=tuple(LOSSES))
     beta: float = setting(0.1, "DPO, IPO, RPO: pull to the reference; SimPO: scale of the margin",
                           "authors' code", low=1e-12)
@@ -411,7 +411,7 @@ class SAPOConfig:
 
 # ------------------------------------------------------------------------ state
 def stream(seed, purpose, *place):
-    """The seed of what is drawn for one purpose at one place (rank, epoch): nothing else has it."""
+    """The seed for all draws of one purpose at one place (rank, epoch); no others share it."""
     key = (len(purpose), *purpose.encode(), *place)
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
@@ -457,7 +457,7 @@ class State:
             sample_rng=torch.Generator().manual_seed(stream(seed, "sampler", rank)), **more)
 
     def models(self):
-        """{name: model} of those a checkpoint must hold; the EMA gives the generator."""
+        """{name: model} of those a checkpoint must hold; the generator is copied from the EMA."""
         policy = getattr(self.policy, "module", self.policy)               # not DDP's wrapper
         models = {"policy": policy, "ema": self.ema, "reference": self.reference}
         return {name: model for name, model in models.items() if model is not None}
@@ -477,7 +477,7 @@ class State:
                           "shared": {"step": self.step, "ref_version": self.ref_version}}
 
     def load_state_dict(self, state):
-        """Go on where `state_dict` was taken, weights and moments aside (machine/checkpoint.py)."""
+        """Continue from a `state_dict`; weights and moments are left to machine/checkpoint.py."""
         self.step, self.ref_version = state["shared"]["step"], state["shared"]["ref_version"]
         own = state["own"]
         self.buffer.load_state_dict(own["buffer"])

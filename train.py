@@ -55,7 +55,7 @@ OF_ALL = {"buffer/size", "gen/tokens_per_second", "gen/tokens", "train/tokens"} 
 def learning_rate(step, steps, cfg, peak):
     """Linear warm-up to `peak`, then the decay. step counts from 0; linear ends above 0.
 
-    As transformers', but that the warm-up is a step ahead: theirs wastes the first step on a rate of 0.
+    As in transformers, but with the warm-up one step ahead: theirs wastes the first step on a rate of 0.
     """
     warmup = cfg.warmup_steps(steps)
     if step < warmup:
@@ -189,7 +189,7 @@ class Run:
     # -- the two stages
     def stage(self, name, done, steps, peak, step, after, every):
         """Steps `done` ... `steps` of SFT or SAPO: learning rate, step(), after(...), evaluate, save, perhaps
-        stop. after(...) says what a line holds, due each `every` steps, and what stands under it."""
+        stop. after(...) gives the text of a line, due every `every` steps, and what is printed below it."""
         pace = Pace(done, steps, every)
         show = self.world.first and sys.stderr.isatty()
         with tqdm(total=steps, initial=done, desc=name, disable=not show, unit="step", leave=False) as bar:
@@ -423,7 +423,7 @@ class Run:
         return moved.line()
 
     def measure_written(self):
-        """model/ as it is on the disk, in place of all that was trained: a second model may not fit."""
+        """Measure model/ as it is on disk, once all that was trained is freed: a second model may not fit."""
         began, folder = time.monotonic(), self.out / "model"
         generator = self.state.generator if self.cfg.shard else None
         self.state = self.optimizer = None
@@ -444,7 +444,7 @@ class Run:
 
 # ---------------------------------------------------------------------------- the command
 def begin(argv, world):
-    """The Run of a command line, which signals end at once while it prepares."""
+    """The Run for a command line; until it is prepared, a signal ends it at once."""
     signals.stop_at_once()
     command = world.together(lambda: parse(argv, __doc__))
     world.place(command.cfg.device)
