@@ -410,7 +410,7 @@ class Run:
         cfg, inputs = self.cfg, self.inputs
         first, weights = self.world.first, {}
         here = first and name == "model" and not (cfg.from_scratch or cfg.sft_steps)   # the run's own start
-        moved = Moved(stored_weights(cfg.model) if here else {}, self.half if cfg.lora else torch.float32)
+        moved = Moved(stored_weights(cfg.model) if here else {}, self.half, cfg.lora)
         for key, tensor in plain_weights(model):
             if first:
                 weights[key] = tensor.to("cpu", inputs.written())

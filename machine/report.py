@@ -1,5 +1,4 @@
-"""What a run says of itself: at its start, on held-out rows, in its log, and at its end. Leaves out pictures
-(curves.py)."""
+"""What a run says of itself: at its start, on held-out rows, in its log, at its end; curves.py draws it."""
 
 import dataclasses
 import json
@@ -202,8 +201,7 @@ class Log:
 
 
 class Pace:
-    """'0.35 s/step, 00:42 left' where a line is due: at the first steps, each `every`-th, the last, and once
-    a minute. Evaluating and saving count."""
+    """'0.35 s/step, 00:42 left', all included, at the first steps, each `every`-th, the last, each minute."""
 
     def __init__(self, done, steps, every):
         self.done, self.steps = done, steps
@@ -284,26 +282,28 @@ def write_samples(path, examples, text, answers):
 
 
 class Moved:
-    """How much of what training changed the written weights still show. start: the `stored_weights` that
-    training began with, in `dtype`; {} where they are not at hand, and then there is nothing to say."""
+    """How much of what training changed can be seen: in the written weights, and in forward passes in `half`.
+    start: the `stored_weights` it began with; {} where they are not at hand, and then nothing is said."""
 
-    def __init__(self, start, dtype):
-        self.start, self.dtype = start, dtype
-        self.counts = np.zeros(3, np.int64)      # weights, those that moved, those of them written so
+    def __init__(self, start, half, lora):
+        self.start, self.half = start, half
+        self.dtype = half if lora else torch.float32     # in which they were read
+        self.counts = np.zeros(4, np.int64)      # weights; those that moved; of these, written so, seen so
 
     def add(self, name, trained, written):
         file, shape, _ = self.start.get(name, (None, None, None))
         if shape == tuple(trained.shape):
             with safe_open(file, "pt") as f:
-                start = f.get_tensor(name).to(self.dtype)
-            moved = trained.to("cpu") != start
-            self.counts += [moved.numel(), moved.sum().item(), (moved & (written != start)).sum().item()]
+                start, trained = f.get_tensor(name).to(self.dtype), trained.to("cpu")
+            moved, seen = trained != start, trained.to(self.half) != start.to(self.half)
+            self.counts += [moved.numel(), *(int(x.sum()) for x in (moved, moved & (written != start), seen))]
 
     def line(self):
         size, moved = self.counts[:2].tolist()
-        share = self.counts[2] / max(1, moved)
-        return (f"{moved:,} of {size:,} weights moved; {share:.1%} of those differ from the start "
-                "in the written folder") if size else ""
+        kept, seen = self.counts[2:] / max(1, moved)
+        half = f", {seen:.1%} in forward passes, as bfloat16" if self.half is torch.bfloat16 else ""
+        return (f"{moved:,} of {size:,} weights moved; {kept:.1%} of those differ from the start in the "
+                f"written folder{half}") if size else ""
 
 
 def front_matter(inputs):

@@ -302,6 +302,14 @@ def test_the_folder_is_measured_as_it_was_written(world, tmp_path, dtype):
     assert moved > 0.5 * size and (kept == moved if dtype == "float32" else kept < 0.5 * moved if dtype != "float16" else 0 < kept < moved)
 
 
+def test_a_run_in_bfloat16_says_how_much_of_it_its_forward_passes_see(world, tmp_path):
+    printed = run(tmp_path / "run", *world, "--dtype", "bfloat16", "--lr", "1e-5")
+    start, trained = load_file(Path(world[1]) / "model.safetensors"), load_file(tmp_path / "run/model/model.safetensors")
+    moved = sum((trained[name] != before).sum().item() for name, before in start.items())
+    seen = sum((trained[name].bfloat16() != before).sum().item() for name, before in start.items())
+    assert f" in the written folder, {seen / moved:.1%} in forward passes, as bfloat16\n" in printed and 0 < seen < 0.5 * moved
+
+
 def spoil():
     """A hook: between the writing and the reading back, somebody touches the file."""
     original = train.Run.measure_written

@@ -112,7 +112,8 @@ class Study:
     first = {"dpo": (3e-5, 1e-4, 3e-4), "orpo": (3e-4, 1e-3, 3e-3)}  # tried at once; then outward while the best is the last
     tried = 5                                        # rates of a variant at most
     seeds, steps, tokens, sft_steps = 5, 96, 220_000, 1000
-    token_parts = (0.5, 1)                            # of the tokens, where a run is measured
+    token_parts = (0.5, 1)                           # of the tokens, where a run is measured
+    sampled = True                                   # whether answers are sampled as well
     learned = 0.1                                    # a base below this on validation prompts has learned no sums
     computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")   # in the picture of tokens
     in_pairs = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")     # in that of pairs
@@ -197,7 +198,7 @@ def run(study, job):
     step, state = stepper(model, data, text, cfg)
     if not job["lr"]:                                    # the base itself
         start = {**counts, "mark": ["start"], **measured(study, model, test, text, cfg)}
-        points, marks = [start | further(model, validation, test, text, cfg)], []
+        points, marks = [start | further(study, model, validation, test, text, cfg)], []
     seconds, began = 0.0, time.perf_counter()
     while marks:
         lr = train.learning_rate(counts["steps"], 10**9, cfg, cfg.lr)
@@ -215,7 +216,7 @@ def run(study, job):
             points.append({**counts, "seconds": round(seconds, 1), "mark": names,
                            **measured(study, model, test, text, cfg)})
             if "steps 1" in names:
-                points[-1] |= further(model, validation, test, text, cfg)
+                points[-1] |= further(study, model, validation, test, text, cfg)
             began = time.perf_counter()
     return {key: job[key] for key in ("variant", "flags", "lr", "seed")} | {
         "base": made, "points": points, "pairs": binned(fresh[:job["steps"]]), "memory": peak_memory(),
@@ -253,23 +254,27 @@ def measured(study, model, data, text, cfg):
     return {"passed": "".join("01"[ok] for ok in good), "sums": round(statistics.mean(right or [0]), 4)}
 
 
-def further(model, validation, test, text, cfg):
-    """What is measured at equal steps alone. The verifier's share, greedy on validation rows and sampled on test rows;
-    chosen and rejected, the mean log-probs of the test rows' y+ and of their y-, which are the same for all."""
+def further(study, model, validation, test, text, cfg):
+    """What is measured at equal steps alone. The verifier's share, greedy on validation rows and perhaps sampled on test
+    rows; chosen and rejected, the mean log-probs of the test rows' y+ and of their y-, which are the same for all."""
     pairs = [pair_of_data(test[i]) for i in range(len(test))]
     with torch.no_grad():
         logps = [torch.stack(score(model, collate(pairs[i:i + 60])), 1) for i in range(0, len(pairs), 60)]
     chosen, rejected = torch.cat(logps).mean(0).tolist()
-    sampled = heard(model, test, text, cfg, cfg.temperature, cfg.top_k, cfg.top_p)[1]
-    return {"validation": statistics.mean(heard(model, validation, text, cfg)[1]), "sampled": statistics.mean(sampled),
-            "chosen": round(chosen, 3), "rejected": round(rejected, 3)}
+    shares = {"validation": statistics.mean(heard(model, validation, text, cfg)[1])}
+    if study.sampled:
+        shares["sampled"] = statistics.mean(heard(model, test, text, cfg, cfg.temperature, cfg.top_k, cfg.top_p)[1])
+    return shares | {"chosen": round(chosen, 3), "rejected": round(rejected, 3)}
 
 
 def heard(model, data, text, cfg, *how):
-    """([a model's answer to each row], [whether it passes])."""
+    """([a model's answer to each row], [whether it passes]). Rows with answers of like lengths are asked together, as a
+    batch goes on until its last answer ends."""
     model.eval()
-    pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in range(len(data))]
-    answers = [text.decode(ids, True) for ids in Listening(data, pairs, cfg, text).answers(model, pairs, *how)]
+    order = sorted(range(len(data)), key=lambda i: len(data[i].chosen))
+    pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in order]
+    said = dict(zip(order, Listening(data, pairs, cfg, text).answers(model, pairs, *how)))
+    answers = [text.decode(said[i], True) for i in range(len(data))]
     model.train()
     return answers, [check(answer) for check, answer in zip(data.checks, answers)]
 
@@ -432,6 +437,7 @@ class Results:
             if all(runs):                                # a variant with runs missing is not shown
                 self.runs[variant], self.rates[variant] = runs, lr
         self.trained = [variant for variant in self.runs if variant not in study.bases]
+        self.looks = {key: head for key, head in PAIRS.items() if study.steps_are or key != "false"}     # at pairs
 
     def points(self, variant, mark):
         return [at(run, "start" if variant in self.study.bases else mark) for run in self.runs[variant]]
@@ -466,7 +472,7 @@ def report(r):
                       f"{len(r.study.claims)} claims:\n",
                       markdown(["claim", "difference", "mean", "won, lost prompts", "p", "Holm's p", "here"], rows)]
     lines += ["\nIs y- worse, and where? Fresh pairs, first and last quarter of a run, all seeds:\n",
-              markdown(["variant", *PAIRS.values()], [[v, *ends(runs)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
+              markdown(["variant", *r.looks.values()], [[v, *ends(runs, r.looks)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
               "\nLearning rates tried: greedy share on validation rows, first seed:\n", tuning_table(r)]
     return "\n".join(lines)
 
@@ -479,17 +485,16 @@ def unlearned(r):
 
 
 def steps_table(r):
-    rows = []
+    heads, rows = {"sampled": "sampled" * r.study.sampled, "sums": r.study.steps_are and f"right {r.study.steps_are}"}, []
     for variant, runs in r.runs.items():
         points = r.points(variant, "steps 1")
-        few = [cell([point[key] for point in points], 2) for key in ("sampled", "sums")[:1 + bool(r.study.steps_are)]]
+        few = [cell([point[key] for point in points], 2) for key in ("sampled", "sums") if heads[key]]
         moved = [cell([point[key] for point in points], 1) for key in ("chosen", "rejected")]
         cost = [f"{statistics.mean(point[key] for point in points) / 1e3:.0f}k" for key in ("generated", "trained")]
         time = [f"{statistics.mean(p.get('seconds', 0) for p in points):.0f}", max(run["memory"] or 0 for run in runs)]
         rows.append([variant, r.rates[variant] or "-", cell(r.shares(variant, "steps 1"), 3), cell(r.gains(variant, "steps 1"), 3, "+"), *few, *moved,
                      *(["-"] * 4 if variant in r.study.bases else [*cost, *time])])
-    steps = [f"right {r.study.steps_are}"] * bool(r.study.steps_are)
-    return markdown(["variant", "lr", "greedy", "over the base", "sampled", *steps, "log p(y+)", "log p(y-)", "generated",
+    return markdown(["variant", "lr", "greedy", "over the base", *filter(None, heads.values()), "log p(y+)", "log p(y-)", "generated",
                      "trained on", "seconds", "MiB"], rows)
 
 
@@ -515,10 +520,10 @@ def claims(r, mark):
     return rows
 
 
-def ends(runs):
-    """Cells of PAIRS: the mean of the first and of the last quarter."""
+def ends(runs, looks):
+    """Cells of some of PAIRS: the mean of the first and of the last quarter."""
     cells = []
-    for key in PAIRS:
+    for key in looks:
         rows = [run["pairs"].get(key) or [None] for run in runs]
         parts = [[v for row in rows for v in row[part] if v is not None]
                  for part in (slice(BINS // 4), slice(-BINS // 4, None))]
@@ -600,7 +605,7 @@ def draw_pairs(r, figure):
     axes = figure.subplots(2, 3)
     for i, variant in enumerate(v for v in r.study.in_pairs if v in r.runs):
         runs = r.runs[variant]
-        for axis, key in zip(axes.flat, [key for key in PAIRS if key != "gen/eos_fraction"]):
+        for axis, key in zip(axes.flat, [key for key in r.looks if key != "gen/eos_fraction" or not r.study.steps_are]):
             rows = np.array([run["pairs"].get(key) or [np.nan] * BINS for run in runs], float)
             axis.plot((np.arange(BINS) + 0.5) / BINS, rows.mean(0), color=f"C{i}", label=variant)
             axis.set_title(PAIRS[key])
