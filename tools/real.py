@@ -65,7 +65,7 @@ class Real(study.Study):
     first, tried = {"dpo": (1e-5, 3e-5), "orpo": (1e-5, 3e-5)}, 3
     seeds, steps, sft_steps, learned, token_parts, sampled = 3, 40, 40, 0.0, (1,), False
     computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT")
-    in_pairs = ("SAPO-DPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
+    in_pairs = ("SAPO-DPO", "SAPO-ORPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
     sizes = {"base": 324, "train": 168, "validation": 60, "test": 108}
 
     def given(self, args):

@@ -503,7 +503,8 @@ def tokens_table(r):
     for variant in r.trained:
         steps = statistics.mean(point["steps"] for point in r.points(variant, "tokens 1"))
         rows.append([variant, f"{steps:.0f}", *(cell(r.gains(variant, f"tokens {part:g}"), 3, "+") for part in r.study.token_parts)])
-    return markdown(["variant", "steps", *["over the base at half of the tokens", "at all"][-len(r.study.token_parts):]], rows)
+    heads = ["over the base at half of the tokens", "over the base at all"][-len(r.study.token_parts):]
+    return markdown(["variant", "steps", *heads], rows)
 
 
 def claims(r, mark):
