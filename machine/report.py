@@ -286,8 +286,8 @@ class Moved:
     start: the `stored_weights` it began with; {} where they are not at hand, and then nothing is said."""
 
     def __init__(self, start, half, lora):
-        self.start, self.half = start, half
-        self.dtype = half if lora else torch.float32     # in which they were read
+        self.start, self.dtype = start, half if lora else torch.float32      # in which they were read
+        self.half = torch.float32 if lora else half      # adapters are not rounded together with the base
         self.counts = np.zeros(4, np.int64)      # weights; those that moved; of these, written so, seen so
 
     def add(self, name, trained, written):

@@ -308,6 +308,8 @@ def test_a_run_in_bfloat16_says_how_much_of_it_its_forward_passes_see(world, tmp
     moved = sum((trained[name] != before).sum().item() for name, before in start.items())
     seen = sum((trained[name].bfloat16() != before).sum().item() for name, before in start.items())
     assert f" in the written folder, {seen / moved:.1%} in forward passes, as bfloat16\n" in printed and 0 < seen < 0.5 * moved
+    printed = run(tmp_path / "adapters", *world, "--dtype", "bfloat16", "--lora", 2)
+    assert "weights moved" in printed and "in forward passes" not in printed, "an adapter is not rounded with its base"
 
 
 def spoil():

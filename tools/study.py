@@ -268,13 +268,10 @@ def further(study, model, validation, test, text, cfg):
 
 
 def heard(model, data, text, cfg, *how):
-    """([a model's answer to each row], [whether it passes]). Rows with answers of like lengths are asked together, as a
-    batch goes on until its last answer ends."""
+    """([a model's answer to each row], [whether it passes])."""
     model.eval()
-    order = sorted(range(len(data)), key=lambda i: len(data[i].chosen))
-    pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in order]
-    said = dict(zip(order, Listening(data, pairs, cfg, text).answers(model, pairs, *how)))
-    answers = [text.decode(said[i], True) for i in range(len(data))]
+    pairs = [Pair(data[i].prompt, data[i].chosen, [], row=i) for i in range(len(data))]
+    answers = [text.decode(ids, True) for ids in Listening(data, pairs, cfg, text).answers(model, pairs, *how)]
     model.train()
     return answers, [check(answer) for check, answer in zip(data.checks, answers)]
 
