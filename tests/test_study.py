@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 import make_steps
 import measure
@@ -235,8 +236,22 @@ def test_diversity_by_hand():
 
 
 def test_the_sums_of_an_answer_are_judged_one_by_one():
-    assert study.Study().steps_of("Count 59-12=47 pens.\nDrops 22: 47-22=24.\nThen 24+12=36.\nAnswer: 36 pens.") == [True, False, True]
-    assert study.Study().steps_of("Nothing is counted.") == []
+    said = "Count 59 - 2 = 57 pens.\nDrops 8: 57 - 8 = 50.\nThen 50 + 2 = 52.\nAnswer: 52 pens."
+    assert study.Study().steps_of(said) == [True, False, True] and study.Study().steps_of("Nothing is counted.") == []
+
+
+@pytest.mark.parametrize("said, right", [
+    ("First 9 + 2 = 11.\nThen 11 - 1 = 10.\nAnswer: 10 pens.", True),
+    ("Finds 2: 9 + 2 = 11.\nCount 11 - 1 = 10 pens.\nMia keeps 10 pens. ", True),
+    ("First 9 + 2 = 12.\nThen 11 - 1 = 10.\nAnswer: 10 pens.", False),                    # a slip
+    ("Then 11 - 1 = 10.\nFirst 9 + 2 = 11.\nAnswer: 10 pens.", False),                    # another order
+    ("First 9 + 2 = 11.\nNow 2 + 2 = 4.\nThen 11 - 1 = 10.\nAnswer: 10 pens.", False),    # a sum that was not asked
+    ("First 9 + 2 = 11.\nCount 11 - 1 = 10 pens.\nAnswer: 11 pens.", False),              # another end
+    ("First 9 + 2 = 11.\nCount 11 - 1 = 10 pens.", False),                                 # none
+    ("First 9 + 2 = 11.\nThen 11 - 1 = 10.\nAnswer: 110 pens.", False),
+    ("First 19 + 2 = 11.\nThen 11 - 1 = 10.\nAnswer: 10 pens.", False)])
+def test_an_answer_is_right_if_it_holds_the_sums_in_order_no_others_and_the_end(said, right):
+    assert study.right(["9 + 2 = 11", "11 - 1 = 10", "10 pens"], said) is right
 
 
 # ------------------------------------------------------------------------------------------------ the world
@@ -256,14 +271,17 @@ def test_its_rows_are_clean_a_rejected_has_one_slip_and_no_problem_occurs_twice(
     splits = {split: steps_rows(split) for split in ("base", "train", "validation", "test")}
     for row in [row for rows in splits.values() for row in rows]:
         assert study.Study().steps_of(row["chosen"]) == [True] * make_steps.STEPS
-    for row in splits["train"]:
-        assert study.Study().steps_of(row["rejected"]).count(False) == 1 and not passes(row["rejected"], row["verifier"])
-    for row in splits["test"] + splits["validation"]:
-        assert passes(row["chosen"], row["verifier"])
-        for a, b in ((s, str(int(s) + 1)) for s in row["verifier"]["must"][0].split("=")[1:]):
-            assert not passes(row["chosen"].replace(f"={a}", f"={b}"), row["verifier"]), "one wrong result spoils it"
+    for row in splits["train"] + splits["test"] + splits["validation"]:
+        must = row["verifier"]["must"]
+        assert study.right(must, row["chosen"]) and passes(row["chosen"], row["verifier"])
+        assert not study.right(must, row["rejected"]) and study.Study().steps_of(row["rejected"]).count(False) == 1
     sums = [tuple(study.SUM.findall(row["chosen"])) for rows in splits.values() for row in rows]
     assert len(set(sums)) == len(sums), "no problem occurs twice"
+
+
+def test_a_number_of_the_world_is_one_token():
+    tokenizer = Tokenizer.from_file(str(ROOT / "data/steps_model/tokenizer.json"))
+    assert all(len(tokenizer.encode(f" {n}").ids) == 1 for n in range(1, make_steps.MOST + 1))
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -278,27 +296,27 @@ def line(variant, lr, seed, validation=0.5, right=5):
 
 
 def test_the_bases_come_first_then_the_rates_and_then_the_seeds(monkeypatch):
-    seeds, found, plan = [2, 4], {}, study.Study()
+    seeds, found, plan = (1, 2), {}, study.Study()
     plan.seeds = 2
-    assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 1), ("base", None, 2)]
-    found |= dict(line("base", None, seed, score) for seed, score in ((1, 0.09), (2, 0.1)))
-    assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 3)], "the first has not learned"
-    found |= dict(line("base", None, seed, score) for seed, score in ((3, 0.0), (4, 0.5)))
     longer = [(base, None, seed) for base in ("half the SFT", "twice the SFT") for seed in seeds]
-    assert plan.todo(found, ["SAPO-DPO"]) == [*(("SAPO-DPO", lr, 2) for lr in (3e-5, 1e-4, 3e-4)), *longer]
-    found |= dict(line("SAPO-DPO", lr, 2, score) for lr, score in ((3e-5, 0.1), (1e-4, 0.6), (3e-4, 0.6)))
+    assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 1), ("base", None, 2), *longer]
+    found |= dict([line("base", None, 2)])
+    assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 1), *longer], "a variant begins from a base that is measured"
+    found |= dict([line("base", None, 1)])
+    assert plan.todo(found, ["SAPO-DPO"]) == [*(("SAPO-DPO", lr, 1) for lr in (3e-6, 1e-5, 3e-5)), *longer]
+    found |= dict(line("SAPO-DPO", lr, 1, score) for lr, score in ((3e-6, 0.1), (1e-5, 0.6), (3e-5, 0.6)))
     plan.bases = {"base": 1}
     assert plan.todo(found, ["SAPO-DPO", "every 4th"]) == [
-        ("SAPO-DPO", 1e-4, 4), ("every 4th", 1e-4, 2), ("every 4th", 1e-4, 4)], "of equals the smallest; no rates of its own"
+        ("SAPO-DPO", 1e-5, 2), ("every 4th", 1e-5, 1), ("every 4th", 1e-5, 2)], "of equals the smallest; no rates of its own"
 
 
 def test_the_next_rate_outward_is_tried_while_the_best_is_the_last_and_five_at_most():
-    tried = dict(line("SFT", lr, 1, score) for lr, score in ((3e-4, 0.3), (1e-3, 0.2), (3e-3, 0.1)))
-    assert study.Study().chosen_rate("SFT", tried, [1]) == (None, [("SFT", 1e-4, 1)])
-    tried |= [line("SFT", 1e-4, 1, 0.4)]
-    assert study.Study().chosen_rate("SFT", tried, [1]) == (None, [("SFT", 3e-5, 1)])
-    assert study.Study().chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.2)]), [1]) == (1e-4, [])
-    assert study.Study().chosen_rate("SFT", tried | dict([line("SFT", 3e-5, 1, 0.5)]), [1]) == (3e-5, []), "five"
+    tried = dict(line("SFT", lr, 1, score) for lr, score in ((3e-5, 0.3), (1e-4, 0.2), (3e-4, 0.1)))
+    assert study.Study().chosen_rate("SFT", tried) == (None, [("SFT", 1e-5, 1)])
+    tried |= [line("SFT", 1e-5, 1, 0.4)]
+    assert study.Study().chosen_rate("SFT", tried) == (None, [("SFT", 3e-6, 1)])
+    assert study.Study().chosen_rate("SFT", tried | dict([line("SFT", 3e-6, 1, 0.2)])) == (1e-5, [])
+    assert study.Study().chosen_rate("SFT", tried | dict([line("SFT", 3e-6, 1, 0.5)])) == (3e-6, []), "five"
 
 
 def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown(monkeypatch):
@@ -309,7 +327,7 @@ def test_a_claims_row_by_hand_and_a_variant_with_a_run_missing_is_not_shown(monk
     plan = study.Study()
     plan.seeds = 3
     r = study.Results(found, plan)
-    assert list(r.runs) == ["base", "SAPO-DPO", "SPIN"] and r.rates["SPIN"] == 1e-4
+    assert list(r.runs) == ["base", "SAPO-DPO", "SPIN"] and r.rates["SPIN"] == 1e-5
     (row,) = study.claims(r, "steps 1")
     assert row[:4] == ["SAPO over SPIN", "SAPO-DPO - SPIN", "+0.233 ± 0.143", "7, 0"]
     assert row[4:] == ["0.020", "0.158", "cannot be told"], "eight claims, though seven have no runs yet"
@@ -331,8 +349,8 @@ def test_a_torn_last_line_is_run_again_and_another_process_is_left_alone(tmp_pat
     monkeypatch.setattr(study, "job_of", lambda plan, args, key, found: made.append(key))
     args, plan.bases, plan.seeds = SimpleNamespace(out=tmp_path, minutes=None), {"base": 1}, 2
     study.go(plan, args, ["SFT"], path)
-    rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-    assert sorted(made, key=str) == sorted([("base", None, 2), *(("SFT", lr, 1) for lr in rates), ("SFT", 3e-5, 2)], key=str)
+    rates = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+    assert sorted(made, key=str) == sorted([("base", None, 2), *(("SFT", lr, 1) for lr in rates), ("SFT", 3e-6, 2)], key=str)
     assert len(study.read(path)) == 1 + len(made) == len(path.read_text("utf-8").splitlines()) - 1
 
     path.unlink()

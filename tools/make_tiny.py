@@ -144,10 +144,10 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
           "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "float32"}
 
 
-def write_model(folder, texts, config=CONFIG, words=pre_tokenizers.ByteLevel(add_prefix_space=False)):
-    """config.json, a byte-level BPE trained on the texts, whose tokens stay within `words`, and a chat template: what --from-scratch starts from."""
+def write_model(folder, texts, config=CONFIG):
+    """config.json, a byte-level BPE trained on the texts, and a chat template: what --from-scratch starts from."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = words, decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=config["vocab_size"], special_tokens=SPECIAL, show_progress=False,
                                                              initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     folder.mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ class Real(study.Study):
     claims |= {"EMA, buffer and segment over on-policy": ("SAPO-DPO", "on-policy")}
     bases = {"base": 1, "start": 0}                  # start: the checkpoint itself
     first, tried = {"dpo": (1e-5, 3e-5), "orpo": (1e-5, 3e-5)}, 3
-    seeds, steps, sft_steps, learned, token_parts, sampled = 3, 40, 40, 0.0, (1,), False
+    seeds, steps, sft_steps, token_parts, sampled = 3, 40, 40, (1,), False
     computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT")
     in_pairs = ("SAPO-DPO", "SAPO-ORPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
     sizes = {"base": 324, "train": 168, "validation": 60, "test": 108}
