@@ -304,10 +304,10 @@ def test_the_bases_come_first_then_the_rates_and_then_the_seeds(monkeypatch):
     assert plan.todo(found, ["SAPO-DPO"]) == [("base", None, 1), *longer], "a variant begins from a base that is measured"
     found |= dict([line("base", None, 1)])
     assert plan.todo(found, ["SAPO-DPO"]) == [*(("SAPO-DPO", lr, 1) for lr in (3e-6, 1e-5, 3e-5)), *longer]
-    found |= dict(line("SAPO-DPO", lr, 1, score) for lr, score in ((3e-6, 0.1), (1e-5, 0.6), (3e-5, 0.6)))
+    found |= dict(line("SAPO-DPO", lr, 1, score) for lr, score in ((3e-6, 0.6), (1e-5, 0.6), (3e-5, 0.1)))
     plan.bases = {"base": 1}
     assert plan.todo(found, ["SAPO-DPO", "every 4th"]) == [
-        ("SAPO-DPO", 1e-5, 2), ("every 4th", 1e-5, 1), ("every 4th", 1e-5, 2)], "of equals the smallest; no rates of its own"
+        ("SAPO-DPO", 1e-5, 2), ("every 4th", 1e-5, 1), ("every 4th", 1e-5, 2)], "of equals the largest; no rates of its own"
 
 
 def test_the_next_rate_outward_is_tried_while_the_best_is_the_last_and_five_at_most():

@@ -140,7 +140,7 @@ class Study:
 
     def chosen_rate(self, variant, found):
         """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's first
-        on the validation rows of the first seed; while the best is the last on its side, the next one outward is tried."""
+        on the validation rows of the first seed, of equals the largest; while the best is the last on its side, the next one outward is tried."""
         variant = self.alike.get(variant, variant)
         words = self.relatives[variant][0].split()
         rates = list(self.first["orpo" if "orpo" in words else "dpo"])
@@ -149,7 +149,7 @@ class Study:
             if missing:
                 return None, missing
             scores = [at(found[variant, lr, 1], "steps 1")["validation"] for lr in rates]
-            best = scores.index(max(scores))
+            best = max(range(len(rates)), key=lambda i: (scores[i], i))
             place = self.grid.index(rates[best]) + (1 if best else -1)
             if 0 < best < len(rates) - 1 or len(rates) == self.tried or not 0 <= place < len(self.grid):
                 return rates[best], []
