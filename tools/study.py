@@ -140,7 +140,8 @@ class Study:
 
     def chosen_rate(self, variant, found):
         """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's first
-        on the validation rows of the first seed, of equals the largest; while the best is the last on its side, the next one outward is tried."""
+        on the validation rows of seed 1, of equals the largest; while it is the last on its side, the next one outward is
+        tried."""
         variant = self.alike.get(variant, variant)
         words = self.relatives[variant][0].split()
         rates = list(self.first["orpo" if "orpo" in words else "dpo"])
