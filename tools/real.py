@@ -142,8 +142,9 @@ def right_step(asked, said):
 
 
 class Arithmetic(Real):
-    name, words, steps_are, tokens = "arithmetic", ["arithmetic"], "steps", 90_000
-    lengths = "--max-length 384 --max-prompt-length 192 --eval-tokens 144"
+    name, words, steps_are, tokens = "arithmetic", ["arithmetic"], "steps", 76_000
+    lengths = "--max-length 256 --max-prompt-length 128 --eval-tokens 128"
+    sizes = {"base": 104, "train": 104, "validation": 40, "test": 108}
 
     def steps_of(self, answer):
         return [right_step(*sides) for sides in STEP.findall(answer)]
@@ -156,7 +157,7 @@ class Arithmetic(Real):
         """The short rows whose own answer passes; the fault is a result that is off by one."""
         made = []
         for prompt, chosen in rows:
-            if max(len(prompt), len(chosen)) <= 300 and self.passes(chosen):
+            if len(prompt) <= 250 and len(chosen) <= 200 and self.passes(chosen):
                 result = STEP.findall(chosen)[-1][1]
                 wrong = f"{float(result) + 1:g}"
                 made.append((prompt, chosen, chosen.replace(f"={result}>>{result}", f"={wrong}>>{wrong}"), self.passes))
