@@ -65,6 +65,7 @@ RELATIVES = {   # variant: (what it changes in the tiny preset, what it is)
     "a sentence": ("--segment sentence", "B and B' are whole sentences, so y- is well formed"),
     "a line": ("--segment line", "the same with lines; in worked sums a line is a step"),
     "half": ("--segment 50%", "B is half of y+"),
+    "without the seam": ("--score-on segment", "the loss compares B and B' alone, and not C after them"),
     "end rewritten": ("--after rewrite", "y- goes on after B' to the generator's own end; no seam"),
     "every 2nd": ("--generate-every 2", "pairs are generated on every second step"),
     "every 4th": ("--generate-every 4", "on every fourth"),
@@ -104,7 +105,7 @@ class Study:
     steps_are = "sums"                               # what steps_of looks at
     batch, relatives, alike = BATCH, RELATIVES, AS   # alike: variants that take another's learning rate
     studied = ("SAPO-DPO", "SFT", "SPIN", "offline DPO", "SAPO-ORPO", "a line", "end rewritten", "full response",
-               "on-policy", "every 2nd", "every 4th", "every 8th", "half", "DPO and NLL")
+               "on-policy", "every 2nd", "every 4th", "every 8th", "half", "DPO and NLL", "without the seam")
     claims = CLAIMS
     bases = {"base": 1, "half the SFT": 0.5, "twice the SFT": 2}     # and what its steps of SFT are multiplied by
     grid = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
