@@ -279,6 +279,16 @@ def test_its_rows_are_clean_a_rejected_has_one_slip_and_no_problem_occurs_twice(
     assert len(set(sums)) == len(sums), "no problem occurs twice"
 
 
+def test_a_test_prompt_is_of_the_kind_that_its_sums_above_30_make_it():
+    kinds, rows = study.Study().kinds(), {split: steps_rows(split) for split in ("train", "test")}
+    taught = " ".join(row["chosen"] for row in rows["train"])
+    for kind, row in zip(kinds, rows["test"], strict=True):
+        sums = [line for line in row["verifier"]["must"][:-1] if max(map(int, line.split()[::2])) > 30]
+        assert kind == study.KINDS[0 if not sums else 1 if all(f" {line}" in taught for line in sums) else 2], row
+    r = SimpleNamespace(runs=["a"], points=lambda *_: [{"passed": "1101"}, {"passed": "0111"}])
+    assert study.kinds_table(r, [study.KINDS[i] for i in (1, 0, 0, 1)]).splitlines()[2] == "| a | 0.750 ± 3.176 | 0.750 ± 3.176 |"
+
+
 def test_a_number_of_the_world_is_one_token():
     tokenizer = Tokenizer.from_file(str(ROOT / "data/steps_model/tokenizer.json"))
     assert all(len(tokenizer.encode(f" {n}").ids) == 1 for n in range(1, make_steps.MOST + 1))

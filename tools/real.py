@@ -110,6 +110,9 @@ class Real(study.Study):
         write_rows(self.path("train"), [(*row[:2], said) for row, said in zip(self.parts["train"], answers)])
         return folder
 
+    def kinds(self):
+        return []
+
     def path(self, split):
         return self.folder.with_name(f"{self.folder.name}-{split}.jsonl")
 

@@ -36,6 +36,8 @@ from buffer import Pair, collate
 from losses import score
 from machine.dataset import Draw
 from machine.parallel import World
+from machine.rows import read_rows
+from make_steps import EASY
 from sapo import State, pair_of_data, sapo_step
 
 BATCH = 16                                       # pairs a step; a buffer of so many is a buffer of one batch
@@ -91,6 +93,7 @@ BINS = 16                                        # of a run's steps, for the cur
 PAIRS = {       # what is looked at in fresh pairs: head of the table
     "passes": "y- passes", "false": "a false step in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
     "pairs/segment_gap": "B against B', nats", "pairs/seam_gap": "the seam, nats"}
+KINDS = ("none", "all in the variants' rows", "some not in them")       # where the sums above 30 of a test prompt are
 SUM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)     # 97.5 % points of t, 1 ... 9 degrees
 ROWS = {"data": "train", "eval_data": "test", "sft_data": "base"}
@@ -138,6 +141,16 @@ class Study:
     def steps_of(self, answer):
         """Whether each step of an answer is right, in order."""
         return [int(a) + int(f"{op}{b}") == int(c) for a, op, b, c in SUM.findall(answer)]
+
+    def kinds(self):
+        """For each test prompt one of KINDS, or none at all where there are no such kinds."""
+        rows = {split: [{*SUM.findall(row.chosen["content"])} for row in read_rows(ROOT / f"data/steps_{split}.jsonl")]
+                for split in ("train", "test")}
+        taught, names = set().union(*rows["train"]), []
+        for sums in rows["test"]:
+            above = {found for found in sums if max(int(found[0]), int(found[3])) > EASY}
+            names.append(KINDS[0 if not above else 1 if above <= taught else 2])
+        return names
 
     def chosen_rate(self, variant, found):
         """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's first
@@ -467,7 +480,20 @@ def report(r):
     lines += ["\nIs y- worse, and where? Fresh pairs, first and last quarter of a run, all seeds:\n",
               markdown(["variant", *r.looks.values()], [[v, *ends(runs, r.looks)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
               "\nLearning rates tried: greedy share on validation rows, first seed:\n", tuning_table(r)]
+    kinds = r.study.kinds()[:len(r.points("base", "")[0]["passed"])]
+    if kinds:
+        lines += ["\nAt equal steps, by a prompt's sums above 30 (in brackets how many prompts):\n", kinds_table(r, kinds)]
     return "\n".join(lines)
+
+
+def kinds_table(r, kinds):
+    """The greedy share among the prompts of each kind."""
+    rows, names = [], list(dict.fromkeys(sorted(kinds, key=KINDS.index)))
+    for variant in r.runs:
+        passed = [[[c == "1" for c, kind in zip(point["passed"], kinds) if kind == name] for name in names]
+                  for point in r.points(variant, "steps 1")]
+        rows.append([variant, *(cell([statistics.mean(seed[i] or [0]) for seed in passed], 3) for i in range(len(names)))])
+    return markdown(["variant", *(f"{name} ({kinds.count(name)})" for name in names)], rows)
 
 
 def steps_table(r):
