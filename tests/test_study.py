@@ -248,6 +248,7 @@ def test_the_sums_of_an_answer_are_judged_one_by_one():
     ("First 9 + 2 = 11.\nNow 2 + 2 = 4.\nThen 11 - 1 = 10.\nAnswer: 10 pens.", False),    # a sum that was not asked
     ("First 9 + 2 = 11.\nCount 11 - 1 = 10 pens.\nAnswer: 11 pens.", False),              # another end
     ("First 9 + 2 = 11.\nCount 11 - 1 = 10 pens.", False),                                 # none
+    ("First 9 + 2 = 11.\nThen 11 - 1 = 10.\nCount 8 + 2 = 10 pens.", False),              # a sum for an end
     ("First 9 + 2 = 11.\nThen 11 - 1 = 10.\nAnswer: 110 pens.", False),
     ("First 19 + 2 = 11.\nThen 11 - 1 = 10.\nAnswer: 10 pens.", False)])
 def test_an_answer_is_right_if_it_holds_the_sums_in_order_no_others_and_the_end(said, right):

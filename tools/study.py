@@ -488,11 +488,11 @@ def report(r):
 
 def kinds_table(r, kinds):
     """The greedy share among the prompts of each kind."""
-    rows, names = [], list(dict.fromkeys(sorted(kinds, key=KINDS.index)))
+    rows, names = [], [name for name in KINDS if name in kinds]
     for variant in r.runs:
-        passed = [[[c == "1" for c, kind in zip(point["passed"], kinds) if kind == name] for name in names]
-                  for point in r.points(variant, "steps 1")]
-        rows.append([variant, *(cell([statistics.mean(seed[i] or [0]) for seed in passed], 3) for i in range(len(names)))])
+        shares = {name: [statistics.mean(c == "1" for c, kind in zip(point["passed"], kinds) if kind == name)
+                         for point in r.points(variant, "steps 1")] for name in names}
+        rows.append([variant, *(cell(shares[name], 3) for name in names)])
     return markdown(["variant", *(f"{name} ({kinds.count(name)})" for name in names)], rows)
 
 
