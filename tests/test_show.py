@@ -47,6 +47,20 @@ def test_a_folder_without_triples_gets_one_line_and_code_2(tmp_path, capsys):
     assert show.main([str(tmp_path)]) == 2 and "no triples" in capsys.readouterr().err
 
 
+def test_several_runs_stand_side_by_side_at_their_first_step_and_in_their_last_ten(tmp_path, capsys):
+    for name, shift in (("one", 0.0), ("other", 100.0)):
+        (tmp_path / name).mkdir()
+        rows = [{"sft_step": 1, "loss": 9.0}, {"step": 0, "eval/rows": 4}, *({"step": i, "loss": shift + i} for i in range(1, 21))]
+        rows[-1]["ema/distance"] = 0.5
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert show.main([str(tmp_path / "one"), str(tmp_path / "other")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["one", "other"] and ["loss", "1", "15.5", "101", "115.5"] in lines
+    assert ["ema/distance", "-", "0.5", "-", "0.5"] in lines
+    assert show.main([str(tmp_path / "one"), str(tmp_path / "none")]) == 2
+    assert "metrics.jsonl is not there" in capsys.readouterr().err
+
+
 def test_colour_needs_a_terminal_and_is_not_forbidden(run, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     seen = {}

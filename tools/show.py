@@ -1,7 +1,7 @@
-"""Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token. Of several runs: their curves together.
+"""Triples of a run, to be read: A, B, B', C in colour, and the log-prob of each token. Of several runs: their metrics together.
 
     python tools/show.py runs/NAME [--n 5] [--no-color] [--no-model] [--png FILE]
-    python tools/show.py runs/ONE runs/OTHER ... [--png FILE]                   their curves in one picture, runs.png without --png
+    python tools/show.py runs/ONE runs/OTHER ... [--png FILE]       their metrics side by side, and with --png their curves in one picture
     python tools/show.py --data FILE --model FOLDER [--chat-template FILE] [--n 5]      the rows, as a run's losses see them
 
 Reads pairs.jsonl, evenly over the run. Where the run has written its model/, each token of B, B' and C carries a number:
@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -183,6 +184,26 @@ def draw(rows, pairs, text, policy, start, path):
     plt.close(figure)
 
 
+def side_by_side(runs):
+    """The metrics of several runs as a table: at their first step of SAPO, and the mean of the last ten."""
+    columns, names = [], [run.resolve().name for run in runs]
+    for run in runs:
+        path = run / "metrics.jsonl"
+        if not path.is_file():
+            raise BadInput(f"{path} is not there; is this a run folder?")
+        lines = [row for row in (parse_json(line, path) for line in path.read_bytes().splitlines()) if "loss" in row and "step" in row]
+        columns += [lines[:1], lines[-10:]]
+    keys = dict.fromkeys(key for lines in columns for row in lines for key, value in row.items() if isinstance(value, float))
+    wide = max(12, *map(len, names))
+    rows = [" " * 24 + "".join(f"  {name:>{2 * wide + 2}}" for name in names),
+            " " * 24 + f"  {'first step':>{wide}}  {'last ten':>{wide}}" * len(runs)]
+    for key in keys:
+        values = [[row[key] for row in lines if key in row] for lines in columns]
+        shown = [f"{mean(v):.5g}" if v else "-" for v in values]
+        rows.append(f"{key:<24}" + "".join(f"  {value:>{wide}}" for value in shown))
+    return "\n".join(rows)
+
+
 def encoded(args):
     """The first rows of a data file as text, end tokens marked, and as ids; no weight is read."""
     config = read_config(args.model)
@@ -195,7 +216,7 @@ def encoded(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", type=Path, nargs="*", metavar="run", help="run folder; of several, the curves are drawn together")
+    parser.add_argument("runs", type=Path, nargs="*", metavar="run", help="run folder; several are compared")
     parser.add_argument("--data", help="show rows of this file instead")
     parser.add_argument("--model", help="folder whose tokenizer and chat template they get")
     parser.add_argument("--chat-template", default="", help="in place of the model's, as in train.py")
@@ -211,9 +232,9 @@ def main(argv=None):
             print(encoded(args))
             return 0
         if len(args.runs) > 1:
-            picture = Path(args.png or "runs.png")
-            draw_runs(args.runs, picture)
-            print(f"the curves of {len(args.runs)} runs are in {picture}")
+            print(side_by_side(args.runs))
+            if args.png:
+                draw_runs(args.runs, Path(args.png))
             return 0
         run = args.runs[0]
         rows = read_pairs(run, max(1, args.n))
