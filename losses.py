@@ -96,7 +96,7 @@ def orpo_loss(nll, chosen, rejected, lam):
 def slic_loss(nll, chosen, rejected, delta, lam):
     """SLiC-HF (arXiv 2305.10425, eq. 1): max(0, delta - log pi(y+) + log pi(y-)) + lam NLL(y+).
 
-    nll: (n,) negative log-prob of the chosen text; chosen, rejected: (n,) log-probs; all three
+    Its y_ref is y+ here. nll: (n,) negative log-prob of y+; chosen, rejected: (n,) log-probs, all
     *summed* over response tokens. There is no reference. Returns a Loss; rewards are the log-probs.
     """
     return Loss(F.relu(delta - chosen + rejected) + lam * nll, chosen, rejected)
@@ -191,7 +191,7 @@ class Scores(NamedTuple):
 
     @property
     def mean_nll(self):
-        return self.nll / self.lengths[:, 2].clamp(min=1)
+        return self.nll / self.lengths[:, 2]
 
 
 LOSSES = {          # name: the Loss of Scores s under settings c
@@ -210,8 +210,7 @@ def scored_tokens(cfg):
     """What `collate` labels for a loss. DPO's and SLiC's differences may leave out the common
     beginning; means need it, and so does RPO, whose pairs have different beginnings."""
     nll_on = cfg.nll_on if cfg.nll or cfg.loss in WITH_NLL else None
-    common = cfg.loss in (*OF_MEANS, "rpo")
-    return {"score_on": cfg.score_on, "common": common, "nll_on": nll_on}
+    return {"score_on": cfg.score_on, "common": cfg.loss in (*OF_MEANS, "rpo"), "nll_on": nll_on}
 
 
 def preference_loss(policy, batch, cfg, reference=None, prompts=None):

@@ -406,13 +406,13 @@ def _filtered(logits, temperature, top_k, top_p):
     return probs, order
 
 
-def no_lap(stage):
-    """For those who do not want to know how long a stage took."""
+def ignore(_):
+    """For those who want to hear of neither stages nor tokens."""
 
 
 @torch.inference_mode()
 def generate(model, prompts, budgets, eos=(), temperature=1.0, top_k=0, top_p=1.0, rng=None,
-             vocab=None, ban=(), lap=no_lap, see=no_lap):
+             vocab=None, ban=(), lap=ignore, see=ignore):
     """Continue each prompt (a list of ids) by at most its budget, up to and including a token of
     `eos`: a list of lists. ValueError if a prompt is empty.
 

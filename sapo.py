@@ -22,11 +22,11 @@
     beta, lambda     SAPOConfig.beta, .lam
     buffer           State.buffer                               ReplayBuffer of Pairs
 
-y+ and y- begin with the same x + A, and a batch is one stream of tokens in which both share one
-copy of it (buffer.Batch). No padding goes through the model's matrices; only attention uses rows.
+y+ and y- begin with the same x + A, and a batch is one stream of tokens in which both share it,
+its last token aside (buffer.Batch). No padding goes through matrices; only attention uses rows.
 
-Left out: files, flags, printing, processes and the learning rate's schedule. With what this file
-defines, `random`, and load_pretrained of machine/folders.py, a run in a notebook is five lines:
+Left out: files, the command line, printing, processes, the learning rate's schedule. With what
+this file defines, `random`, and load_pretrained of machine/folders.py, a run is five lines:
 
     model = load_pretrained("folder")
     data = [Example(prompt=[1, 5, 7], chosen=[8, 9, 4, 2]), ...]     # 16 or more
@@ -48,7 +48,7 @@ import torch
 
 from buffer import Pair, ReplayBuffer, collate, pack, unpack
 from losses import LOSSES, WITH_REFERENCE, preference_loss, score, scored_tokens
-from model import generate, no_lap, own_parameters, twin, unshard
+from model import generate, ignore, own_parameters, twin, unshard
 
 
 def sapo_step(state, draw, cfg, autocast=nullcontext):
@@ -64,10 +64,10 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
 
     # Sampling: the EMA model rewrites a segment of each chosen response. It stays fixed until
     # its next update, so the pairs for all steps until then are made at once and wait in `ahead`.
-    fresh_pairs = 0 if state.step % cfg.generate_every else n
-    if fresh_pairs and not state.ahead and cfg.rejected == "data":
+    wanted = 0 if state.step % cfg.generate_every else n
+    if wanted and not state.ahead and cfg.rejected == "data":
         state.ahead.extend(map(pair_of_data, draw(n)))                     # an offline baseline
-    elif fresh_pairs and not state.ahead:
+    elif wanted and not state.ahead:
         examples = draw(n * steps_ahead(state, cfg))                                           # [1]
         cuts = [split(e.chosen, cfg.segment, state.eos, state.cut_rng, state.breaks, cfg.after)
                 for e in examples]                                                             # [2]
@@ -76,7 +76,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
             state.generator, examples, cuts, cfg, state.eos, state.sample_rng, state.vocab,
             state.clock.lap, state.breaks)                                                     # [3]
         state.ahead.extend(map(splice, examples, cuts, segments, repeat(state.eos)))           # [4]
-    fresh = [state.ahead.popleft() for _ in range(fresh_pairs)]
+    fresh = [state.ahead.popleft() for _ in range(wanted)]
     for pair in fresh:
         pair.step = state.step
         state.buffer.add(pair)                                                                 # [5]
@@ -115,8 +115,8 @@ def split(chosen, segment, eos, rng, breaks=(), after="keep"):
     if not chosen[1:] and set(chosen) <= set(eos):
         raise ValueError("there is nothing to rewrite in an empty response")
     n = len(chosen) - (chosen[-1] in eos)
-    if segment in PIECES:
-        found = pieces(chosen[:n], breaks)
+    if segment in UNITS:
+        found = units(chosen[:n], breaks)
         start, stop = found[int(rng.integers(0, len(found)))]
     else:
         length = segment_length(segment, n)
@@ -132,9 +132,9 @@ def segment_length(segment, n):
     return max(1, min(int(segment), n))
 
 
-def pieces(ids, breaks):
+def units(ids, breaks):
     """(start, stop) of each sentence or line of a text; the first token in `breaks` ends it.
-    Further ones, such as an empty line's, belong to no piece. A text without any is one piece."""
+    Further ones, such as an empty line's, belong to no unit. A text without any is one unit."""
     found, start = [], None
     for place, token in enumerate(ids):
         if start is None and token not in breaks:
@@ -145,22 +145,24 @@ def pieces(ids, breaks):
     return found or [(0, len(ids))]
 
 
-def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=no_lap, breaks=()):
+def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=ignore, breaks=()):
     """[3]: B' for each example. The model sees x and A only, never B or C.
 
-    B' is at most as long as B (a sentence or line: or LONGEST tokens, if that is more). With
-    cfg.after "rewrite" it runs to its own end token. x and y- stay within cfg.max_length. At
-    most cfg.generate_rows texts are generated at once; that number does not change them, rounding
-    aside. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
+    B' is at most as long as B (a sentence or line: or LONGEST_UNIT tokens, if that is more). With
+    cfg.after "rewrite" it runs to its own end token. x and y- stay within cfg.max_length, or it is
+    a ValueError. At most cfg.generate_rows texts are generated at once; rounding aside, that does
+    not change them. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
     """
     ends, banned = (eos, ()) if cfg.eos_in_segment == "stop" else ((), eos)
-    length, budgets = cfg.max_length or model.config.max_position_embeddings, []
-    piece = cfg.segment in PIECES and cfg.after == "keep"
+    length = cfg.max_length or min(2048, model.config.max_position_embeddings)
+    budgets, unit = [], cfg.segment in UNITS and cfg.after == "keep"
     for e, (start, stop) in zip(examples, cuts):
         room = length - len(e.prompt) - len(e.chosen) + stop - start
-        longest = max(stop - start, LONGEST) if piece else stop - start
+        longest = max(stop - start, LONGEST_UNIT) if unit else stop - start
         budgets.append(room if cfg.after == "rewrite" else min(room, longest))
-    if piece:
+    if min(budgets, default=1) < 1:
+        raise ValueError(f"max_length {length} leaves no room for B' after a prompt")
+    if unit:
         ends = (*ends, *breaks)
     prefixes = [list(e.prompt) + list(e.chosen[:start]) for e, (start, _) in zip(examples, cuts)]
     segments = []
@@ -354,8 +356,8 @@ def setting(default, help, source="ours", **more):
 
 
 STEPS = r"[1-9]\d{0,8}"
-PIECES = ("sentence", "line")       # segments that are not a number of tokens
-LONGEST = 64                        # most tokens in such a B', unless B is longer
+UNITS = ("sentence", "line")        # segments that are not a number of tokens
+LONGEST_UNIT = 64                   # most tokens in such a B', unless B is longer
 
 
 @dataclass
@@ -374,14 +376,14 @@ class SAPOConfig:
     micro_batch: int = setting(8, "pairs per forward pass; only RPO's result depends on it", low=1)
     segment: str = setting(
         "256", "B: tokens, a share of the response (50%), or one whole sentence or line", "paper",
-        pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%|{'|'.join(PIECES)}",
+        pattern=rf"{STEPS}|(100|[1-9]\d?)(\.0+)?%|\d{{1,2}}\.\d+%|{'|'.join(UNITS)}",
         form="a number of tokens, a share such as 50%, sentence, or line")
     after: str = setting("keep", "y- after B': C (keep), or the generator's own end (rewrite)",
                          "paper", choices=("keep", "rewrite"))
     max_length: int | None = setting(
         None, "tokens of prompt and response; a longer response loses its right end; "
         "without it min(2048, the model's context)", "paper", low=2)
-    generate_every: int = setting(1, "steps between generating pairs; 1: on every step", low=1)
+    generate_every: int = setting(1, "steps from pairs to new pairs", "authors' code", low=1)
     alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", high=1)
     ema_every: str = setting("2", "optimizer steps between EMA updates, or 'epoch'", "paper",
                              pattern=f"{STEPS}|epoch", form="a number of steps, or epoch")
@@ -445,13 +447,14 @@ class State:
         copy(policy) makes a model that does not train; `more` are the other fields of a State."""
         if cfg.ema_every == "epoch" and not more.get("steps_per_epoch"):
             raise ValueError("ema_every 'epoch' needs steps_per_epoch")
-        if cfg.segment in PIECES and not more.get("breaks"):
+        if cfg.segment in UNITS and not more.get("breaks"):
             raise ValueError(f"segment {cfg.segment!r} needs breaks, the ids that end one")
         ema, capacity = copy(policy), len(range(rank, cfg.buffer_size, processes))
+        trained = [p for p in policy.parameters() if p.requires_grad]
         return cls(
             policy=policy, ema=ema, generator=generator or ema, eos=tuple(eos), processes=processes,
             reference=copy(policy) if cfg.loss in WITH_REFERENCE else None,
-            optimizer=optimizer or torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0),
+            optimizer=optimizer or torch.optim.AdamW(trained, lr=lr, weight_decay=0.0),
             buffer=ReplayBuffer(capacity, stream(seed, "draws", rank), cfg.replay),
             cut_rng=np.random.default_rng(stream(seed, "cuts", rank)),
             sample_rng=torch.Generator().manual_seed(stream(seed, "sampler", rank)), **more)

@@ -1,6 +1,6 @@
 """The loop: supervised fine-tuning, then Algorithm 1, evaluated before and after, saved and resumed.
 
-    python train.py                                              the tiny world, from nothing, on a laptop
+    python train.py                                              the tiny world, from scratch, on a laptop
     python train.py --model DIR_OR_HUB_NAME --data FILE.jsonl    SAPO on a real checkpoint
     torchrun --nproc_per_node=8 train.py ...                     the same on many GPUs
     python train.py --resume runs/NAME                           go on where it stopped
@@ -46,8 +46,7 @@ from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introducti
 from model import own_parameters
 from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
 
-KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on",     # of a Run, in a checkpoint
-        "tokens")
+KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on", "tokens")    # in a checkpoint
 OF_ALL = {"buffer/size", "gen/tokens_per_second", "gen/tokens", "train/tokens"}    # of all processes together
 
 
@@ -273,9 +272,9 @@ class Run:
     def after_step(self, number, metrics):
         cfg, log = self.cfg, self.log
         for name in self.tokens:
-            self.tokens[name] += metrics[name.replace("num_", "")]
-        log.write("metrics", {"step": number, "epoch": number * cfg.batch_size / len(self.data), **metrics,
-                              **self.tokens})
+            self.tokens[name] += metrics[name.replace("num_", "")]         # gen/tokens, train/tokens
+        drawn = -(-number // cfg.generate_every) * cfg.batch_size
+        log.write("metrics", {"step": number, "epoch": drawn / len(self.data), **metrics, **self.tokens})
         line = (f"loss {metrics['loss']:.3f}  reward margin {metrics['rewards/margins']:+.3f}  "
                 f"reward accuracy {metrics['rewards/accuracies']:.2f}  "
                 f"staleness {metrics['buffer/staleness']:.1f}")
@@ -446,7 +445,7 @@ class Run:
 def begin(argv, world):
     """The Run for a command line; until it is prepared, a signal ends it at once."""
     signals.stop_at_once()
-    command = world.together(lambda: parse(argv, __doc__))
+    command = world.together(lambda: parse(argv, __doc__.rpartition("\n\n")[0]))
     world.place(command.cfg.device)
     signals.again = process.command(*argv) if command.resume else ""         # with what was changed
     default = f"runs/{command.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"

@@ -45,7 +45,6 @@ class Data:
     def _add(self, remarks, row, prompt, chosen, rejected):
         """Truncate a row: the prompt loses its left end (BOS stays), then the response its right end."""
         text, cfg = self.text, self.cfg
-        counts = self.counts
         words = [row.turns] if isinstance(row.turns, str) else [m["content"] for m in row.turns]
         words += [answer["content"] for answer in (row.chosen, row.rejected) if answer]
         for typed in filter(None, map(text.typed.search, words)):
@@ -54,14 +53,14 @@ class Data:
         if len(prompt) > cfg.max_prompt_length:
             head = prompt[:1] if prompt[0] == text.bos else []
             prompt = head + prompt[len(prompt) - cfg.max_prompt_length + len(head):]
-            counts["prompts"] += 1
+            self.counts["prompts"] += 1
         room = cfg.max_length - len(prompt)
         chosen, rejected = chosen[:room], rejected and rejected[:room]
-        counts["responses"] += 0 < len(chosen) == room and chosen[-1] not in text.eos
+        self.counts["responses"] += 0 < len(chosen) == room and chosen[-1] not in text.eos
         if rejected and len(rejected) == room and rejected[-1] not in text.eos:
             remarks.add("the rejected response is cut on the right", row, f"to {room} tokens")
         if not prompt or not chosen or chosen[0] in text.eos:
-            counts["dropped"] += 1       # nothing to learn from, or nothing before the response
+            self.counts["dropped"] += 1       # nothing to learn from, or nothing before the response
             return
         if row.verifier is not None:
             self.verifiers[len(self.stops) // 3] = row.verifier

@@ -1,8 +1,7 @@
 """Every setting of a run, the presets, and the command line.
 
 A field of `Config` is a flag; its default, its source and what it may be stand beside it. `checked` refuses
-what does not fit together, and `resolved` decides what depends on the model. After that only the run folder
-(train.py, where none was named) and the commit of a hub name (inputs.py) are filled in.
+what does not fit together, and `resolved` decides what depends on the model.
 """
 
 import argparse
@@ -44,7 +43,7 @@ class Config(SAPOConfig):
         None, "tokens; a longer prompt loses its left end, BOS kept; without it 7/8 of --max-length, "
         "the paper's 1792 of 2048", "paper", low=1)
     steps: int | None = setting(None, "optimizer steps; 0: evaluate alone; without it, see --epochs", low=0)
-    epochs: float = setting(4.0, "passes over the data", "paper", low=1e-9, high=1e6)
+    epochs: float = setting(4.0, "passes over the data, if all steps draw rows", "paper", low=1e-9, high=1e6)
     lr: float = setting(5e-7, "peak learning rate", "authors' code", low=0)
     lr_scheduler: str = setting("linear", "decay after the warm-up", "authors' code", choices=SCHEDULES)
     warmup: str = setting(
@@ -67,8 +66,7 @@ class Config(SAPOConfig):
     eval_rows: int = setting(200, "rows evaluated on at most", low=1)
     eval_tokens: int = setting(128, "tokens of an answer at most, for verifier and samples", low=1)
     samples: int = setting(4, "prompts of the evaluation answered before and after, for reading", low=0)
-    show_every: int = setting(10, "steps between lines on the screen and pairs in pairs.jsonl; the first "
-                              "steps have lines too, and so has each minute", low=1)
+    show_every: int = setting(10, "steps between lines on the screen and pairs in pairs.jsonl", low=1)
     report_to: str = setting("none", "what the metrics go to beside metrics.jsonl", "TRL",
                              choices=("none", "tensorboard"))
     seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
@@ -92,7 +90,8 @@ GROUPS = {"loss": "method", "model": "model", "data": "data", "steps": "optimisa
 PAPER = dict(       # the paper's numbers; from `batch_size` on, the authors' code's
     max_prompt_length=1792, max_length=2048, segment="256", buffer_size=2000, epochs=4.0, alpha=0.5,
     ema_every="2", after="keep", rejected="sapo", score_on="response", nll_on="response", replay="uniform",
-    batch_size=64, temperature=0.7, top_k=50, top_p=0.95, eos_in_segment="stop", seed=42, dtype="auto")
+    batch_size=64, generate_every=1, temperature=0.7, top_k=50, top_p=0.95, eos_in_segment="stop", seed=42,
+    dtype="auto")
 PRESETS = {
     "paper-dpo": PAPER | dict(loss="dpo", beta=0.1, ref_refresh="epoch", ref_from="ema", optimizer="rmsprop",
                               lr=5e-7, lr_scheduler="linear", warmup="10%"),
@@ -130,7 +129,7 @@ def command_line(doc):
     """The parser: --preset, --config, --resume, and a flag for each setting, in groups."""
     parser = Parser(
         prog="train.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, epilog="In brackets: the default, and where it comes from.",
+        allow_abbrev=False, epilog="In brackets: the default with --model or --data, and its source.",
         usage="python train.py [flags]\n       torchrun --nproc_per_node=8 train.py [flags]\n       "
               "python train.py --resume RUN [flags that may change]")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="settings to start from; tiny without "
@@ -226,6 +225,8 @@ def checked(cfg):
              "--lora with --from-scratch: an adapter on random weights learns nothing of use"),
             (cfg.after == "rewrite" and cfg.eos_in_segment == "ban",
              "--after rewrite with --eos-in-segment ban: what the generator writes would never end"),
+            (cfg.rejected == "data" and cfg.score_on == "segment",
+             "--rejected data with --score-on segment: a pair of the data has no segment B"),
             (cfg.loss == "rpo" and cfg.micro_batch < 2,
              "--loss rpo compares the pairs of a micro-batch, and --micro-batch 1 leaves none; raise it"),
             (cfg.lora and cfg.shard,
@@ -245,8 +246,7 @@ def check_setting(f, value):
     if value is None and f.default is None:
         return
     low, high = meta.get("low", 0), meta.get("high", 10**12)
-    wanted, number = "", kind in (int, float)
-    fits = (int, float) if kind is float else kind
+    wanted, fits = "", (int, float) if kind is float else kind
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, fits):
         wanted = f"it must be of type {kind.__name__}"
     elif value != value:
@@ -257,7 +257,7 @@ def check_setting(f, value):
         wanted = f"choose {' or '.join(meta['choices'])}"
     elif "pattern" in meta and not re.fullmatch(meta["pattern"], value):
         wanted = f"it must be {meta['form']}"
-    elif number and not low <= value <= high:
+    elif kind in (int, float) and not low <= value <= high:
         wanted = f"it must be at least {low:g}" if value < low else f"it must be at most {high:g}"
     if wanted:
         raise BadInput(f"{flag_of(f.name)} is {value!r}; {wanted}")

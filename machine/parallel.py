@@ -103,7 +103,7 @@ def shard(model, world, half):
 
 # ------------------------------------------------------------------------ models of a run
 def starting_model(cfg, config, base, world, half, blank_only=False):
-    """The policy before the first step, from the folder `base` or from nothing.
+    """The policy before the first step, from the folder `base` or from scratch.
 
     blank_only: one to be filled by a checkpoint. half: the dtype of an adapter's base, and of compute.
     """

@@ -99,6 +99,29 @@ def test_an_answer_that_may_not_end_cannot_be_written_to_its_end():
         parse(["--after", "rewrite", "--eos-in-segment", "ban"])
 
 
+def test_pairs_of_the_data_have_no_segment_to_be_scored_on():
+    with pytest.raises(BadInput, match="--rejected data with --score-on segment"):
+        parse(["--rejected", "data", "--score-on", "segment"])
+
+
+@pytest.mark.parametrize("after", ["keep", "rewrite"])
+@pytest.mark.parametrize("limit", [20, 21])
+def test_a_prompt_that_leaves_no_room_is_one_error(after, limit):
+    cfg = settings(after=after, segment="3", max_length=limit)
+    with pytest.raises(ValueError, match=f"max_length {limit} leaves no room"):
+        sapo.generate_segments(small_model(0), [Example(list(range(3, 21)), [5, 6, 7, 8, 9, 10, 1])],
+                          [(3, 6 if after == "keep" else 7)], cfg, ENDS, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("context, longest", [(64, 64), (4096, 2048)])
+def test_without_max_length_a_text_has_at_most_2048_tokens(context, longest, monkeypatch):
+    model, asked = small_model(0), []
+    model.config = dataclasses.replace(model.config, max_position_embeddings=context)
+    monkeypatch.setattr(sapo, "generate", lambda _, prompts, budgets, *more: asked.extend(budgets) or [[5]] * len(prompts))
+    sapo.generate_segments(model, [Example([3, 4], [5, 6, 7, 1])], [(1, 4)], settings(after="rewrite", max_length=None), ENDS, None)
+    assert asked == [longest - 2 - 1]
+
+
 # ---------------------------------------------------------------- a sentence or a line
 
 @pytest.mark.parametrize("ids, found", [
@@ -106,7 +129,7 @@ def test_an_answer_that_may_not_end_cannot_be_written_to_its_end():
     ([50, 3, 50], [(1, 3)]), ([3, 4], [(0, 2)]), ([50, 51], [(0, 2)]), ([3], [(0, 1)])])
 def test_a_text_falls_into_its_sentences(ids, found):
     """Each ends in its first stop; an empty line belongs to none, what has no stop is one."""
-    assert sapo.pieces(ids, STOPS) == found
+    assert sapo.units(ids, STOPS) == found
     assert all(i < j for i, j in found) and all(a[1] <= b[0] for a, b in zip(found, found[1:]))
 
 
@@ -128,7 +151,7 @@ def test_a_new_sentence_stops_at_the_first_stop_it_writes_and_has_room_to_be_lon
         new = p.rejected[p.start:p.rejected_stop]
         assert p.chosen[p.stop - 1] in STOPS and not set(new[:-1]) & (STOPS | set(ENDS))
         cause = "stop" if new[-1] in STOPS else "end" if new[-1] in ENDS else "room"
-        assert cause != "room" or len(new) == min(max(p.stop - p.start, sapo.LONGEST), 64 - len(p.prompt) - len(p.chosen) + p.stop - p.start)
+        assert cause != "room" or len(new) == min(max(p.stop - p.start, sapo.LONGEST_UNIT), 64 - len(p.prompt) - len(p.chosen) + p.stop - p.start)
         assert p.rejected[p.rejected_stop:] == ([] if cause == "end" else p.chosen[p.stop:])
         causes[cause, len(new) > p.stop - p.start] += 1
     assert causes["stop", True] and causes["stop", False] and causes["end", True] + causes["end", False]
@@ -158,7 +181,7 @@ def test_english_chinese_and_code_fall_into_sentences_and_lines(kind, text, expe
     read = Text(files, "here", read_config(TINY))
     ids = whole.encode(text).ids
     assert whole.decode(ids) == text
-    found = [whole.decode(ids[i:j]) for i, j in sapo.pieces(ids, read.breaks(kind))]
+    found = [whole.decode(ids[i:j]) for i, j in sapo.units(ids, read.breaks(kind))]
     assert [piece.strip(" ") for piece in found] == [piece.strip(" ") for piece in expected]
 
 
@@ -240,7 +263,7 @@ if __name__ == "__main__":
         pairs = new_pairs(model, text, rows, n, cfg)
         print(f"--segment {segment}: {n} pairs;", {k: c / n for k, c in Counter(
             "all of y+" if p.start == 0 and p.stop >= len(p.chosen) - 1 else "inside y+" for p in pairs).items()})
-        if segment in sapo.PIECES:
+        if segment in sapo.UNITS:
             ends = Counter(cause_of(p, text, text.breaks(segment)) for p in pairs)
             print("  B' is ended by", {cause: round(count / n, 3) for cause, count in ends.most_common()})
         (inside, seam), kept = gaps(model, pairs[:96], cfg)

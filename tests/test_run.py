@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,6 +265,15 @@ def test_metrics_jsonl_has_one_line_a_step_under_the_usual_names(whole):
     assert [r["learning_rate"] for r in rows if "loss" in r and "step" in r] == pytest.approx([3e-3 * x for x in (.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
     for m in ("start", "policy", "ema"):
         assert {f"eval/{m}/{k}" for k in ("nll", "ranking_accuracy", "gap_change", "verifier/greedy", "verifier/sampled", "verifier/temperature_1")} <= set().union(*rows)
+
+
+def test_an_epoch_is_a_pass_over_the_data_also_where_not_every_step_draws():
+    seen, names = [], ("loss", "rewards/margins", "rewards/accuracies", "buffer/staleness")
+    run = SimpleNamespace(cfg=SimpleNamespace(batch_size=4, generate_every=3, show_every=99), tokens={}, data=range(16),
+                          log=SimpleNamespace(write=lambda _, row: seen.append(row["epoch"])))
+    for number in range(2, 8):
+        train.Run.after_step(run, number, dict.fromkeys(names, 0.0))
+    assert seen == [0.25, 0.25, 0.5, 0.5, 0.5, 0.75]
 
 
 def test_pairs_jsonl_shows_that_a_b_and_c_are_the_chosen_response(whole, world):

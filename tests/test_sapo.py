@@ -1136,6 +1136,13 @@ def test_a_saved_state_names_moments_by_parameter_and_holds_the_adapters_alone()
     assert {name.rpartition(".")[2] for name in adapted.state_dict()["ema"]} == {"lora_A", "lora_B"}
 
 
+def test_the_default_optimizer_has_what_is_trained_alone():
+    policy = add_lora(small_model(0), 3, 7.5, torch.Generator().manual_seed(4))
+    state = State.start(policy, settings(), ENDS)
+    sapo_step(state, stream_from(0), settings())
+    assert state.state_dict()["optimizer"].keys() == {name for name, p in policy.named_parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_generator_of_its_own_follows_the_ema(dtype, monkeypatch):
     """After each step it is the EMA in its own dtype, and it generates, not the EMA."""
@@ -1234,7 +1241,7 @@ def test_a_lap_lasts_from_the_lap_before(monkeypatch):
 
 def test_the_five_lines_of_the_docstring_run(tmp_path, capsys):
     save_pretrained(small_model(0), tmp_path / "folder", torch.float32)
-    code = inspect.cleandoc(sapo.__doc__.split("in a notebook is five lines:")[1])
+    code = inspect.cleandoc(sapo.__doc__.split("a run is five lines:")[1])
     assert len(code.splitlines()) == 5
     for old, new in (('"folder"', repr(str(tmp_path / "folder"))), ("...]", "*more]"), ("range(100)", "range(3)")):
         assert old in code

@@ -60,12 +60,14 @@ def test_each_station_is_planted_looked_at_guessed_tested_and_undone():
 
 
 def test_the_commands_are_the_same_in_bash_and_powershell():
-    """One command a line, without &&, VAR=value, continued lines, quotes other than ", and variables."""
+    """One command a line, without &&, VAR=value, continued lines, quotes other than ", and variables. Both leave what stands
+    in " as it is, if it has neither $ nor ` nor \\ nor !."""
     blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", page("workshop.md"), re.M | re.S)
     lines = [line for language, block in blocks if language != "python" for line in block.splitlines()]
     assert len(lines) > 12
     for line in lines:
-        assert re.match(r"(python|pip|jupyter) ", line) and not re.search(r"&&|[\\;$`'*~<>|]", line), line
+        bare = re.sub(r'"[^"$`\\!]*"', '""', line)
+        assert re.match(r"(python|pip|jupyter) ", line) and not re.search(r"&&|[\\;$`'*~<>|]", bare), line
 
 
 @pytest.mark.parametrize("station", STATIONS)

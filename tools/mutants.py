@@ -243,7 +243,7 @@ MUTANTS = [
            "return cfg.generate_ahead",
            SAPO + "generating_ahead_changes_nothing"),
     Mutant("pairs made ahead enter the buffer at once", "sapo.py",
-           "fresh = [state.ahead.popleft() for _ in range(fresh_pairs)]",
+           "fresh = [state.ahead.popleft() for _ in range(wanted)]",
            "fresh = [state.ahead.popleft() for _ in range(len(state.ahead))]",
            SAPO + "fresh_pairs_are_in_the_buffer_before_the_draw_and_the_oldest_leaves"),
 
@@ -277,7 +277,7 @@ MUTANTS = [
            "return self.sums",
            SAPO + "orpo_takes_means_over_the_whole_response"),
     Mutant("the NLL is divided by another text's length", "losses.py",
-           "return self.nll / self.lengths[:, 2].clamp(min=1)",
+           "return self.nll / self.lengths[:, 2]",
            "return self.nll / self.lengths[:, 0]",
            SAPO + "losses_and_gradients_are_those_of_a_loop_over_tokens[orpo-response-prompt+response]"),
     Mutant("the seam counts C where y- has none", "buffer.py",
@@ -405,8 +405,8 @@ MUTANTS = [
            "directions = prompts",
            LOSSES + "rpo_is_what_a_loop_of_floats_says"),
     Mutant("RPO leaves out what both texts begin with", "losses.py",
-           'common = cfg.loss in (*OF_MEANS, "rpo")',
-           "common = cfg.loss in OF_MEANS",
+           '"common": cfg.loss in (*OF_MEANS, "rpo"),',
+           '"common": cfg.loss in OF_MEANS,',
            SAPO + "losses_and_gradients_are_those_of_a_loop_over_tokens[rpo-response]"),
     Mutant("a prompt's vector is that of its last token", "sapo.py",
            "embedding[p.prompt].to(wide).mean(0)",
@@ -505,10 +505,12 @@ def hint(mutant, station, level, root=ROOT):
 
 def guessed(file, function, answer):
     """What is said to a guess such as split or sapo.split, where it is in this function of this file."""
+    if not answer.strip():
+        return "Name a function, such as sapo.generate_segments."
     module, last = Path(file).stem, function.split(".")[-1]
     if answer.strip().removesuffix("()") in (function, last, f"{module}.{function}", f"{module}.{last}"):
         return f"Yes, it is in {module}.{function}."
-    return f"No, {answer or 'nothing'} is as it was."
+    return f"No, {answer} is as it was."
 
 
 def revealed(mutant, root=ROOT):
