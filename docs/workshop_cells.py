@@ -3,7 +3,8 @@
 #
 # The first half walks through Algorithm 1 of [Self-Augmented Preference Optimization](https://arxiv.org/abs/2405.20830)
 # (Yin et al.), line by line, on four little stories that one can read. The second half plants six bugs, one at a time,
-# in copies of the method's files: *plant, look, guess, test, undo*. Your own files are never touched.
+# in copies of the method's files: *plant, look, guess, test, undo*. Your own files are never touched. Run that half
+# cell by cell, as the last cell of each station shows what was planted.
 #
 # You need what training needs, pytest, and a notebook:
 #
@@ -50,7 +51,7 @@ torch.set_num_threads(1)        # so small a model is slower on two
 # %% [markdown]
 # ## The base
 #
-# Half a million weights, made from nothing in about a minute by supervised fine-tuning on stories that have *habits*:
+# Half a million weights, made from scratch in about a minute by supervised fine-tuning on stories that have *habits*:
 # the base calls some children "she" who are "he", and turns some colours into others. What SAPO learns from are 300
 # clean stories. The next cell runs `python train.py --steps 1 --lr 0`, unless you have that folder.
 
@@ -339,7 +340,8 @@ assert abs(clean.lines[0]["loss"] - np.log(2)) < 1e-4
 
 # %%
 slow = run(base, lr=3e-4, **workshop.SLOW)
-draw_curves({"slow": slow}, "loss", "rewards/margins", "ema/distance", "pairs/rejected_verified")
+draw_curves({"slow": slow}, "loss", "ema/distance", "pairs/rejected_verified",
+            "logps/chosen", "logps/rejected")
 assert slow.last("ema/distance") > 5 * clean.last("ema/distance")
 
 # %% [markdown]
@@ -496,7 +498,7 @@ bug = None
 # ## Station 5. Whose words?
 #
 # Again beside `slow`. *Questions:* why does ema/distance not see this bug? The share of y- that pass the verifier is
-# *higher* with it: is it a bug? What would you have to run before you said so?
+# *higher* with it: does that make the method worse? What would you have to run before you said so?
 
 # %%
 bug = plant(5)
@@ -522,13 +524,13 @@ bug = None
 # ## Station 6. A loss that falls
 #
 # *Questions:* why does a loss that falls prove nothing here? logps/chosen falls too, as it does in `slow`: what is the
-# difference?
+# difference? (Look at logps/rejected, here and there.)
 
 # %%
 bug = plant(6)
 bent = run(base, bug)
 draw_curves({"clean": clean, "station 6": bent},
-            "loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
+            "loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
 assert bent.last("loss") < np.log(2)
 assert bent.last("rewards/margins", 50) < 0 < clean.last("rewards/margins", 50)
 

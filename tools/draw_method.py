@@ -5,6 +5,7 @@
 Nothing in it is measured: it draws Algorithm 1, with the numbers [1] to [9] of sapo.py, and who attends to whom in a Batch.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -32,16 +33,16 @@ def sequence(axis, x, y, parts):
 
 def algorithm(axis):
     """Algorithm 1 from the data at the top left to the EMA's update at the bottom right."""
-    axis.set(xlim=(0, 13), ylim=(0.1, 6.15))
+    axis.set(xlim=(-0.35, 13), ylim=(0.1, 6.15))
     axis.set_axis_off()
     axis.text(0, 5.95, "making pairs", fontsize=11, weight="bold", va="center")
-    axis.text(0.55, 5.2, "y+", fontsize=11, ha="right", va="center")
+    axis.text(0.62, 5.2, "x, y+", fontsize=10, ha="right", va="center")
     sequence(axis, 0.7, 4.95, [("x", 1.3), ("A", 1.1), ("B", 1.3), ("C", 1.3)])
     axis.text(6.0, 5.2, "[1] a row of the data, [2] y+ cut at random", fontsize=9, va="center")
     box(axis, 1.5, 3.75, 2.9, "EMA of the policy", "#fff2cc")
     arrow(axis, (2.0, 4.93), (2.4, 4.27), "x, A", (1.75, 4.6))
     arrow(axis, (3.3, 3.73), (3.75, 3.05), "[3] generates B'", (3.3, 3.4), ha="right")
-    axis.text(0.55, 2.75, "y-", fontsize=11, ha="right", va="center")
+    axis.text(0.62, 2.75, "x, y-", fontsize=10, ha="right", va="center")
     sequence(axis, 0.7, 2.5, [("x", 1.3), ("A", 1.1), ("B'", 1.3), ("C", 1.3)])
     axis.text(6.0, 2.75, "[4] y- is A + B' + C", fontsize=9, va="center")
     arrow(axis, (5.05, 4.93), (5.05, 3.05), "C as it was", (5.2, 3.4), ha="left")
@@ -78,20 +79,22 @@ def mask(axis):
         axis.plot([0, n], [edge, edge], color="#444444", lw=1)
     axis.add_patch(Rectangle((0, 0), n, n, fill=False, edgecolor="#444444", lw=1))
     axis.text(6.5, 11.5, "never\nseen", fontsize=9, ha="center", va="center", color="#444444")
-    axis.set(xlim=(-0.2, n + 0.2), ylim=(n + 0.2, -3.0), aspect="equal")
+    axis.set(xlim=(-0.2, n + 0.2), ylim=(n + 2.4, -3.0), aspect="equal")
     axis.set_axis_off()
     axis.set_title("a pair in the stream of a batch", fontsize=11, weight="bold")
     axis.text(n / 2, -2.1, "shared prefix | chosen | rejected", fontsize=9, ha="center")
-    axis.text(n / 2, n + 0.9, "a row: what that token attends to", fontsize=9, ha="center")
+    axis.text(n / 2, n + 0.9, "a row: what that token attends to;\nA's last token opens both continuations", fontsize=8.5, ha="center", va="top")
 
 
 def main(argv=None):
     from matplotlib.figure import Figure
-    path = (sys.argv[1:] if argv is None else argv)[:1] or [ROOT / "docs/figures/method.png"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", nargs="?", default=ROOT / "docs/figures/method.png", help="where the picture goes")
+    args = parser.parse_args(argv)
     figure = Figure(figsize=(9, 3.4))
     algorithm(figure.add_axes((0.01, 0.01, 0.67, 0.98)))
     mask(figure.add_axes((0.69, 0.06, 0.30, 0.84)))
-    figure.savefig(path[0], dpi=100)
+    figure.savefig(args.path, dpi=100)
     return 0
 
 

@@ -4,7 +4,7 @@
     python tools/equal.py REVISION --moved      code has only moved: go on with the other's run folder here as well
 
 Compared are metrics.jsonl without its times, pairs.jsonl, samples.jsonl, results.json and every tensor of model/ and
-ema/, of a run alone, one that goes on where another stopped, two processes with DDP and with --shard, and adapters.
+ema/, of a run alone, one with ORPO, one that goes on where another stopped, two processes with DDP and with --shard, and adapters.
 Where a name has changed between the two, RENAMED says so; numbers must be the same to the last digit.
 One thread a process, since sums over more threads differ in the last digit. Two to four minutes on two cores.
 """

@@ -64,7 +64,7 @@ class Real(study.Study):
     bases = {"base": 1, "start": 0}                  # start: the checkpoint itself
     first, tried = {"dpo": (1e-5, 3e-5), "orpo": (1e-5, 3e-5)}, 3
     seeds, steps, sft_steps, token_parts, sampled = 3, 40, 40, (1,), False
-    computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT")
+    computed = ("SAPO-DPO", "SPIN", "on-policy", "SAPO-ORPO", "SFT", "offline DPO")
     in_pairs = ("SAPO-DPO", "SAPO-ORPO", "a quarter", "a sentence", "end rewritten", "SPIN", "on-policy")
     sizes = {"base": 324, "train": 168, "validation": 60, "test": 108}
 

@@ -91,7 +91,7 @@ CLAIMS = {      # claim: (better, than)
 CONSTANT = "--lr-scheduler constant --warmup 12".split()             # so that each point of a run is a result
 BINS = 16                                        # of a run's steps, for the curves of its pairs
 PAIRS = {       # what is looked at in fresh pairs: head of the table
-    "passes": "y- passes", "false": "a false step in y-", "similarity": "equal tokens", "gen/eos_fraction": "ended early",
+    "passes": "y- passes", "false": "a false step in y-", "similarity": "similarity to y+", "gen/eos_fraction": "B' ends it",
     "pairs/segment_gap": "B against B', nats", "pairs/seam_gap": "the seam, nats"}
 KINDS = ("none", "all in the variants' rows", "some not in them")       # where the sums above 30 of a test prompt are
 SUM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)")
@@ -117,7 +117,7 @@ class Study:
     seeds, steps, tokens, sft_steps = 5, 96, 185_000, 1000
     token_parts = (0.5, 1)                           # of the tokens, where a run is measured
     sampled = True                                   # whether answers are sampled as well
-    computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT")   # in the picture of tokens
+    computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT", "SAPO-ORPO")     # in the picture of tokens
     in_pairs = ("SAPO-DPO", "a line", "end rewritten", "full response", "SPIN", "on-policy")     # in that of pairs
     flags = ["--model", str(ROOT / "data/steps_model"), "--max-prompt-length", "64", "--eval-tokens", "80",
              "--generate-rows", "240", *(word for flag, split in ROWS.items() for word in (
@@ -607,7 +607,7 @@ def draw_compute(r, figure):
         marks = sorted((statistics.mean(p["tokens"] for p in r.points(variant, mark)), *interval(r.gains(variant, mark)))
                        for mark in (*(f"tokens {part:g}" for part in r.study.token_parts), "steps 1"))
         x, y, half = np.array([(0, 0, 0), *marks]).T
-        axis.errorbar(x / 1e3, y, np.nan_to_num(half), marker="os^vDP*"[i], markersize=4, capsize=2, linewidth=1.2, label=variant)
+        axis.errorbar(x / 1e3, y, np.nan_to_num(half), marker="os^vDP*X"[i], markersize=4, capsize=2, linewidth=1.2, label=variant)
     axis.set_xlabel("thousand tokens generated and trained on")
     axis.set_ylabel("share answered right, greedy, over the base")
     axis.legend(frameon=False, fontsize=8)
