@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from buffer import pack, unpack
-from machine.files import BadInput, flush, new_folder, plain_file, write_json
+from machine.files import BadInput, flush, new_folder, paths_of, plain_file, write_json
 from machine.flags import LAYOUT, PATHS, flag_of
 from machine.folders import shard_like
 from model import unshard
@@ -174,10 +174,12 @@ def may_write(cfg):
     except (OSError, ValueError) as error:               # too long, with a NUL, below a file, no name at all
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"--out {out}: no folder can be made there ({reason}); choose another name") from None
+    if not os.access(next(path for path in out.absolute().parents if path.exists()), os.W_OK):
+        raise BadInput(f"--out {out}: nothing can be written there; choose another folder")
     if not out.is_symlink() and (not out.exists() or out.is_dir() and not any(out.iterdir())):
         return
     ours = not out.is_symlink() and (out / "config.json").is_file() and (out / "source").is_dir()
-    inside = [f"{flag_of(name)} {path}" for name in PATHS for path in getattr(cfg, name).split(",")
+    inside = [f"{flag_of(name)} {path}" for name in PATHS for path in paths_of(getattr(cfg, name))
               if path and Path(path).resolve().is_relative_to(out.resolve())]
     for broken, sentence in (
             (not ours, "exists and is not a run folder; it is not replaced even with --overwrite"),
@@ -209,7 +211,7 @@ def new_run(inputs):
 
 def clear_up(out):
     """Delete what a killed process was about to write in a run folder."""
-    for pattern in ("*.tmp", ".*.old", "checkpoint/*.tmp", "checkpoint/.*.old"):
+    for pattern in ("*.json*.tmp", "checkpoint.tmp", ".*.tmp", ".*.old", "checkpoint/.step-*"):
         for path in list(out.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -163,5 +163,6 @@ def config_to_dict(config, dtype):
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": config.qkv_bias, "rope_parameters": rope, "rope_theta": config.rope_theta,
         **{key: getattr(config, key) for key in same}}
-    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = str(dtype).removeprefix("torch.")
+    for key in [key for key in ("torch_dtype", "dtype") if raw.get(key)] or ["dtype"]:
+        raw[key] = str(dtype).removeprefix("torch.")
     return raw

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from machine.files import json_or_nothing
+from machine.files import parse_json
 
 PANELS = (      # title, unit of y, {key of metrics.jsonl: its name, where a panel has several}
     ("Training loss", "", {"loss": ""}),
@@ -24,12 +24,16 @@ PANELS = (      # title, unit of y, {key of metrics.jsonl: its name, where a pan
 )
 
 
+def read_metrics(folder):
+    """The lines of metrics.jsonl, but for one that is being written just now."""
+    path = Path(folder, "metrics.jsonl")
+    return [parse_json(line, path) for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+
+
 def read_curves(folder):
     """{panel's title: {key: (steps, values)}, "rows": how many are held out}. Policy and EMA begin as the
     starting model, and so do their curves."""
-    with open(Path(folder, "metrics.jsonl"), "rb") as f:
-        lines = [json_or_nothing(line, "a line of metrics.jsonl") for line in f]
-    lines = [row for row in lines if "step" in row]
+    lines = [row for row in read_metrics(folder) if "step" in row]
     panels = {"rows": next((row["eval/rows"] for row in lines if "eval/rows" in row), "the")}
     for title, _, keys in PANELS:
         for key in keys:
@@ -61,7 +65,7 @@ def draw_runs(folders, path):
     figure = Figure(figsize=(max(5, 3.3 * columns), 2.8 * rows + 0.4), layout="constrained")
     figure.suptitle("SAPO: " + " and ".join(runs), fontsize=11, parse_math=False)
     if len(runs) > 1:
-        colours = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
+        colours = [Line2D([], [], color=f"C{i}", label=run.replace("$", r"\$")) for i, run in enumerate(runs)]
         figure.legend(handles=colours, loc="outside lower center", ncols=6, frameon=False)
     for i, panel in enumerate(panels, 1):
         draw_panel(figure.add_subplot(rows, columns, i), *panel, runs)

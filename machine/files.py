@@ -5,7 +5,6 @@ import json
 import os
 import secrets
 import shutil
-import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,6 +12,14 @@ from pathlib import Path
 class BadInput(ValueError):
     """Something handed to us cannot be used; the message is one sentence that says what to do."""
     code = 2        # the exit code
+
+
+def paths_of(value):
+    """The paths that a setting names: one that exists, whatever is in its name, or several between commas."""
+    parts = [value] if os.path.exists(value) or not value else [part.strip() for part in value.split(",")]
+    if "" in parts[1:] or len(parts) > 1 and not parts[0]:
+        raise BadInput(f"{value!r}: a path between commas is empty; take the comma out")
+    return parts
 
 
 def parse_json(content, where, objects=None):
@@ -38,16 +45,6 @@ def read_json(path, what="file"):
         return parse_json(Path(path).read_bytes(), path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
-
-
-def json_or_nothing(content, name):
-    """An object from JSON bytes; of a broken file nothing, and a warning."""
-    try:
-        value = parse_json(content, name) if content else {}
-        return value if isinstance(value, dict) else {}
-    except BadInput:
-        print(f"warning: {name} is not valid JSON and is ignored", file=sys.stderr)
-        return {}
 
 
 def write_whole(path, text):
@@ -102,7 +99,7 @@ def new_folder(folder, replace=True):
         temporary.rename(folder)                         # which a folder that holds anything withstands
         flush(folder.parent)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and error.filename2:           # of the rename
             raise BadInput(f"{folder}: another process has just taken this name; choose another") from None
         raise
     finally:

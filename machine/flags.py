@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from machine.files import BadInput, read_json
+from machine.files import BadInput, paths_of, read_json
 from model import PROJECTIONS
 from sapo import SAPOConfig, setting
 
@@ -177,6 +177,7 @@ def parse(argv, doc=None):
                            f"with --config {path}")
         for name, value in flags.items():
             fixed = name not in MAY_CHANGE or name == "micro_batch" and settings.get("loss") == "rpo"
+            fixed &= name != "model" or not settings.get("lora")         # whose weights' checksums are kept
             if fixed and value != settings.get(name):
                 others = ", ".join(map(flag_of, sorted(MAY_CHANGE)))
                 raise BadInput(f"{flag_of(name)} {value} contradicts the saved run, which has "
@@ -192,8 +193,7 @@ def parse(argv, doc=None):
 
 def absolute(value):
     """A path, or several with commas between them, as it is from any folder, where it exists."""
-    parts = [value] if os.path.exists(value) else value.split(",")
-    return ",".join(os.path.abspath(part) if os.path.exists(part) else part for part in parts)
+    return ",".join(os.path.abspath(part) if os.path.exists(part) else part for part in paths_of(value))
 
 
 def settings_of(saved, path):
@@ -227,6 +227,7 @@ def checked(cfg):
              "--after rewrite with --eos-in-segment ban: what the generator writes would never end"),
             (cfg.rejected == "data" and cfg.score_on == "segment",
              "--rejected data with --score-on segment: a pair of the data has no segment B"),
+            (0 < cfg.temperature < 1e-6, f"--temperature {cfg.temperature}: give 0 to decode greedily"),
             (cfg.loss == "rpo" and cfg.micro_batch < 2,
              "--loss rpo compares the pairs of a micro-batch, and --micro-batch 1 leaves none; raise it"),
             (cfg.lora and cfg.shard,

@@ -10,12 +10,12 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from machine.files import BadInput, parse_json
+from machine.files import BadInput, parse_json, paths_of
 
 MAX_LINE = 10_000_000       # bytes of one data line
 NEED = "a row needs prompt and chosen (or completion), or messages"
 RECIPE = ("convert it once: python -c \"from datasets import load_dataset; "
-          "load_dataset({source}, split='train'){steps}.to_json('rows.jsonl')\"")
+          "load_dataset({source}, split='train'){steps}.to_json({to!r})\"")
 KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".zst": "json", ".xz": "json"}
 SHAPES = (      # the columns of what is not read, its name, and how the datasets library makes rows of it
     ({"conversations"}, "ShareGPT", ".map(lambda r: {'messages': [{'role': {'human': 'user', 'gpt': "
@@ -49,12 +49,13 @@ class Row:
                   'not a JSON object; each line must be one, such as {"prompt": ..., "chosen": ...}')
         raw = {key: value for key, value in raw.items() if value is not None}
         for key, cure in ELSEWHERE.items():
-            self.need(key not in raw, f"the column {key} would be lost; {cure}")
+            self.need(raw.get(key) in (None, "", []), f"the column {key} would be lost; {cure}")
         for columns, name, steps in SHAPES:
             if columns <= set(raw) and (name != "hh-rlhf" or str(raw["chosen"]).startswith("\n\nHuman:")):
                 file = re.sub(r", (line|row) \d+$", "", str(place))
-                recipe = RECIPE.format(source=f"'json', data_files={file!r}", steps=steps)
-                lost = sorted(set(raw) & {"tools", "history", "verifier", "judge", "chat_template_kwargs"})
+                recipe = recipe_for(f"'json', data_files={file!r}", file, steps)
+                lost = {"rejected", "tools", "history", "verifier", "judge", "chat_template_kwargs"}
+                lost = sorted(lost & set(raw))
                 lost = f", which drops {', '.join(lost)}" if lost else ""
                 raise BadInput(f"{place}: columns {str(sorted(raw))[:80]} are {name}'s{lost}; {recipe}")
         self.more = {"tools": raw["tools"]} if raw.get("tools") else {}
@@ -67,6 +68,8 @@ class Row:
         self.turns, self.chosen = self._conversation(raw)
         self.rejected = self._answer(raw["rejected"], "rejected") if "rejected" in raw else None
         self.verifier = raw.get("verifier", raw.get("judge"))              # `judge` is an older name
+        if isinstance(self.verifier, dict):              # datasets fills in null
+            self.verifier = {key: words for key, words in self.verifier.items() if words is not None}
         self.need(self.verifier is None or _is_verifier(self.verifier),
                   'verifier must be {"must": [words], "must_not": [words]}')
 
@@ -141,6 +144,12 @@ class Row:
         return messages[-1]
 
 
+def recipe_for(source, name, steps=""):
+    """The command that converts rows, into a file that has another name than theirs."""
+    to = f"{Path(name).name.partition('.')[0]}.converted.jsonl"
+    return RECIPE.format(source=source, steps=steps, to=to)
+
+
 def _is_packed(text):
     """Whether a text is a list of messages in JSON."""
     with suppress(ValueError, RecursionError):
@@ -159,9 +168,8 @@ def _is_verifier(value):
 def read_rows(where):
     """The Rows of a file of JSON lines or of a JSON list, perhaps in gzip; of a folder of such files; or of
     several, separated by commas. BadInput names file and line of a bad row."""
-    paths = [where] if Path(where).exists() else str(where).split(",")
     rows = []
-    for path in map(Path, paths):
+    for path in map(Path, paths_of(str(where))):
         files = [path]
         if path.is_dir():
             files = sorted(p for p in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", p.name))
@@ -175,11 +183,11 @@ def read_rows(where):
 
 def _rows_of(path):
     if path.suffix in KINDS:
-        recipe = RECIPE.format(source=f"'{KINDS[path.suffix]}', data_files={str(path)!r}", steps="")
+        recipe = recipe_for(f"'{KINDS[path.suffix]}', data_files={str(path)!r}", path)
         raise BadInput(f"{path}: only JSON lines are read; {recipe}")
     if not path.exists():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
-        recipe = RECIPE.format(source=repr(str(path)), steps="")
+        recipe = recipe_for(repr(str(path)), path)
         raise BadInput(f"{path}: no such file" + f"; if it is a data set of the hub, {recipe}" * bool(hub))
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:

@@ -19,7 +19,10 @@ def find_template(files, settings, template_file):
             return Path(template_file).read_text("utf-8")
         except (OSError, ValueError) as error:
             raise BadInput(f"--chat-template {template_file}: cannot be read ({error})") from None
-    source = files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+    try:
+        source = files.get("chat_template.jinja", b"").decode("utf-8")
+    except UnicodeError:
+        raise BadInput("chat_template.jinja is not UTF-8 text; save it as such") from None
     source = source or settings.get("chat_template") or ""
     if isinstance(source, list):         # [{name, template}, ...]: take the default one
         named = {str(t.get("name"))[:40]: t.get("template") for t in source if isinstance(t, dict)}

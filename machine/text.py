@@ -17,21 +17,25 @@ import json
 import re
 import unicodedata
 from itertools import islice
+from operator import attrgetter
 from os.path import commonprefix
 from string import printable
 
 from tokenizers import AddedToken, Tokenizer
 
 from buffer import common_prefix
-from machine.files import BadInput, json_or_nothing
+from machine.files import BadInput, parse_json
 from machine.rows import Row
 from machine.template import compile_template, find_template
 
 MARK = {"role": "assistant", "content": "\ue000"}     # an answer that stands in no text
+HERE = "\ue001\ue002"       # what is put behind a turn, to find it
 MAX_TEXT = 10_000_000       # characters of one rendered conversation
-MANNERS = {"single_word", "lstrip", "rstrip", "normalized", "special"}       # of a token that is added
+MANNERS = ("single_word", "lstrip", "rstrip", "normalized", "special")       # of a token that is added
+manner = attrgetter(*MANNERS)
 MEANING = {"tools", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "documents",
            "weight", "train"}           # keys without which a row says something else
+THOUGHTS = {"reasoning_content", "reasoning", "thinking"}        # which templates drop of earlier answers
 BREAKS = {      # how the text of a token ends that ends a sentence, or a line
     "sentence": r"""([.!?\u2026\u3002\uff01\uff1f\uff0e]['")*\]\u2019\u201d\u300d\u300f\uff09]*\s*"""
                 r"|\n\s*)\Z",
@@ -58,15 +62,19 @@ class Text:
         self.added = {i: token.content for i, token in added if token.special}
         self.bos = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
         self.typed = _any_of(word for word in self.added.values() if len(word) > 1)
-        bare, whole = self._ids(["a"])[0], self._ids(["a"], True)[0]
+        bare, whole = self.ids(["a"])[0], self.ids(["a"], True)[0]
         self.head = whole[:next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), 0)]
         self.source = find_template(files, self.settings, template_file)
         self.template = compile_template(self.source) if self.source else None
         self.complete = set()            # shapes of conversations of which the template drops no turn
         self._find_ends(config, folder)
 
-    def _file(self, name, folder):
-        return json_or_nothing(self.files.get(name), f"{folder}/{name}")
+    def _file(self, name, folder, files=None):
+        """The object in a companion file; an empty one where there is no such file."""
+        value = parse_json((files or self.files).get(name) or b"{}", f"{folder}/{name}")
+        if not isinstance(value, dict):
+            raise BadInput(f"{folder}/{name}: not a JSON object; copy it from where the model comes from")
+        return value
 
     def _name_tokens(self, folder):
         """{"eos_token": text, ...} as transformers finds them; what is named becomes a token of its own."""
@@ -80,25 +88,28 @@ class Text:
             value = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(value, str) and value:
                 special[key] = value
+        known = {token.content: manner(token) for token in self.tokenizer.get_added_tokens_decoder().values()}
         sound = {int(i): token for i, token in declared.items() if re.fullmatch("[0-9]{1,9}", i)
                  and isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]}
         for i, token in sorted(sound.items()):
-            word, kept = token["content"], {key: bool(token[key]) for key in MANNERS & token.keys()}
-            if self.tokenizer.token_to_id(word) is None:
-                self.tokenizer.add_tokens([AddedToken(word, **kept)])
+            word, kept = token["content"], {key: bool(token[key]) for key in MANNERS if key in token}
+            added = AddedToken(word, **kept)
+            if self.tokenizer.token_to_id(word) is None or kept and known.get(word) != manner(added):
+                self.tokenizer.add_tokens([added])
             if self.tokenizer.token_to_id(word) != i:
                 raise BadInput(f"{folder}: the token {word!r} has id {i} in one file and "
                                f"{self.tokenizer.token_to_id(word)} in tokenizer.json")
+        words = [word for key, word in special.items()
+                 if key in ("bos_token", "eos_token") or self.tokenizer.token_to_id(word) is not None]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             found = self.settings.get(key)
             found = list(found.values()) if isinstance(found, dict) else found
             for word in found if isinstance(found, list) else ():
-                word = word.get("content") if isinstance(word, dict) else word
-                if isinstance(word, str) and word:
-                    self.tokenizer.add_special_tokens([AddedToken(word, normalized=False)])
-        for key, word in special.items():
-            if key in ("bos_token", "eos_token") or self.tokenizer.token_to_id(word) is not None:
-                self.tokenizer.add_special_tokens([AddedToken(word, normalized=False)])
+                words.append(word.get("content") if isinstance(word, dict) else word)
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        known = {token.content for token in added if token.special}
+        words = [word for word in words if isinstance(word, str) and word and word not in known]
+        self.tokenizer.add_special_tokens([AddedToken(word, normalized=False) for word in words])
         return special
 
     def _find_ends(self, config, folder):
@@ -115,7 +126,7 @@ class Text:
         ends = [i for i in named if i in words]
         if self.template:
             after = self._after(Row({"prompt": "a", "chosen": "b"}, folder))
-            ends = [i for i in self._ids([after])[0] if i in self.added or i in ends][:1] + ends
+            ends = [i for i in self.ids([after])[0] if i in self.added or i in ends][:1] + ends
         ends = ends or named
         if not ends:
             raise BadInput(f"{folder}: no end token: neither generation_config.json, config.json nor the "
@@ -124,7 +135,7 @@ class Text:
         self.ends = _any_of(words[i] for i in self.eos if i in words)
         self.typed_ends = re.compile(rf"(?:(?:{self.ends.pattern})\s*)+\Z")
 
-    def _ids(self, texts, add_special_tokens=False):
+    def ids(self, texts, add_special_tokens=False):
         """Token ids of each text, in one call."""
         try:
             encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
@@ -157,7 +168,7 @@ class Text:
         kept = Remarks() if remarks is None else remarks
         texts = [kept.attempt(row, self._texts, row, kept) or [] for row in rows]
         parts = [self._split(row, kept, *ids) if ids else []
-                 for row, ids in zip(rows, grouped(self._ids, texts))]
+                 for row, ids in zip(rows, grouped(self.ids, texts))]
         encoded = []
         for row, ids, said in zip(rows, parts, grouped(self._decode_batch, parts)):
             good = ids and kept.attempt(row, self._prove, row, ids, said, kept)
@@ -197,7 +208,7 @@ class Text:
         whole = self.render(self._turns(row) + [answer], **row.more)
         start, text = len(opening), answer["content"].strip()
         if not whole.startswith(opening):
-            start = self._border(row, opening, whole, text)
+            start = self._border(row, answer, opening, whole)
         place = whole.find(text, start)
         after = place + len(text) if place >= 0 else start
         end = self.ends.search(whole, after)
@@ -214,24 +225,32 @@ class Text:
         """What the template writes after the text of any answer."""
         return self.render(self._turns(row) + [MARK], **row.more).rpartition(MARK["content"])[2]
 
-    def _border(self, row, opening, whole, text):
+    def _border(self, row, answer, opening, whole):
         """Where the answer begins in a conversation that does not begin with the prompt as it is rendered
         alone: behind the last turn's text and as much of what follows it as both have."""
-        if self.render(self._turns(row), True, **row.more) != opening:
+        *turns, last = self._turns(row)
+        if self.render([*turns, last], True, **row.more) != opening:
             raise BadInput("the chat template draws at random: it renders one row in several ways")
-        last = self._turns(row)[-1]["content"].strip()
-        other = self.render(self._turns(row) + [MARK], **row.more)
-        ours, theirs = opening.rfind(last), whole.rfind(last, 0, len(commonprefix([whole, other])))
-        if ours < 0 or theirs < 0:
-            raise BadInput(f"the chat template loses the last turn before the answer, {_short(last)}")
-        same = len(commonprefix([opening[ours:], whole[theirs:]]))
-        rest = opening[ours + same:]
+        turns.append(last | {"content": last["content"] + HERE})
+        tails = [self.render(turns, True, **row.more)]
+        tails += [self.render([*turns, said], **row.more) for said in (answer, MARK)]
+        lost = not all(HERE in tail for tail in tails)
+        tails = [tail.rpartition(HERE)[2] for tail in tails]
+        if lost or not whole.endswith(tails[1]):
+            raise BadInput("the chat template loses the last turn before the answer, "
+                           f"{_short(last['content'])}")
+        same = len(commonprefix(tails))
+        start, rest = len(whole) - len(tails[1]) + same, tails[0][same:]
+        before = whole[start:max(start, whole.find(answer["content"].strip(), start))]
         for tag in re.findall(r"</?(\w+)>", rest):
             if rest.count(f"<{tag}>") != rest.count(f"</{tag}>"):
                 how = "closes" if f"</{tag}>" in rest else "opens"
                 raise BadInput(f"the chat template {how} <{tag}> for the model to go on from, and renders "
                                "answers without it; give another by --chat-template FILE")
-        return theirs + same
+        if any(re.sub(r"(?s)<(\w+)>.*?</\1>", "", part).strip() for part in (rest, before)):
+            raise BadInput(f"the chat template has {_short(rest)} for the model to go on from, and "
+                           f"{_short(before)} before an answer; give another by --chat-template FILE")
+        return start
 
     def _all_used(self, row, answer, remarks):
         """BadInput if the template drops a turn, though its text may stand elsewhere in the prompt, or makes
@@ -262,7 +281,7 @@ class Text:
         for key, less, more in tried + [(key, messages, without(key, row.more)) for key in row.more]:
             if both(messages) != both(less, more):
                 continue
-            if key in MEANING:
+            if key in MEANING and (key in answer or key not in THOUGHTS):
                 raise BadInput(f"the chat template does not write {key!r}; take it out of the data, or "
                                "give a template that writes it by --chat-template FILE")
             remarks.add(f"the chat template does not write the key {key!r}", row, _roles(messages))
@@ -285,7 +304,7 @@ class Text:
         """True if the tokens say what the row says; BadInput otherwise."""
         answers = map(self._open, [row.chosen] + ([row.rejected] if row.rejected else []))
         turns = [turn["content"] for turn in self._turns(row) if turn["role"] != "assistant"]
-        border = self.decode(ids[0] + ids[1][:1])        # a token that reaches over it holds the prompt's end
+        border = self.decode(ids[0] + ids[1][:8])        # tokens that reach over it hold the prompt's end
         pairs = [(turn, texts[0] if turn.strip() in texts[0] else border) for turn in turns]
         for turn in self._turns(row):
             if turn["role"] == "assistant" and not _holds(texts[0], self._open(turn)["content"].strip()):
@@ -293,16 +312,22 @@ class Text:
                             _short(turn["content"]))
         for said, text in [*pairs, *zip((answer["content"] for answer in answers), texts[1:])]:
             said = said.strip()          # blanks at the ends, which most templates trim, are no loss
-            if not _holds(text, said):
+            switched = re.sub(r"/(no_think|think|system_override)\b", "", said).strip()        # SmolLM3
+            if not any(_holds(text, form) for form in (said, in_json(said), switched)):
                 raise BadInput(f"{_short(said)} is lost on its way into tokens: it became {_short(text)}")
             if said not in text:
                 remarks.add("the chat template or the tokenizer changes blanks or forms of letters", row,
                             f"{_short(said)} became {_short(text)}")
         for answer, text in zip([row.chosen, row.rejected], texts[1:]):
             for said in _beside(answer):
-                plain = json.dumps(said, ensure_ascii=False)[1:-1].replace("\\", "")
+                plain = in_json(said).replace("\\", "")
                 if not _holds(text, said.strip()) and not _holds(text.replace("\\", ""), plain):
                     raise BadInput(f"{_short(said)} is lost on its way into tokens: it became {_short(text)}")
+        for message, text in [*((turn, texts[0]) for turn in self._turns(row)), (row.chosen, texts[1])]:
+            for said in [call["arguments"] for call in _calls(message) if "arguments" in call]:
+                if isinstance(said, str) and in_json(said) in text and said not in text:
+                    raise BadInput("the chat template writes a call's arguments as a text within JSON, "
+                                   f"{_short(said)}; store them as an object (json.loads)")
         for part, text in zip(ids[1:], texts[1:]):
             if not set(self.eos).isdisjoint(part[:-1]):
                 raise BadInput(f"an end token stands inside the answer {_short(text)}; take it out")
@@ -344,10 +369,9 @@ class Text:
             notes.append(f"chat_template.jinja is {self.template_file}")
         return files, notes
 
-    @staticmethod
-    def _change(files, name, **values):
+    def _change(self, files, name, **values):
         """Set values of a JSON file; None removes one."""
-        changed = json_or_nothing(files.get(name), name) | values
+        changed = self._file(name, "source", files) | values
         changed = {key: value for key, value in changed.items() if key not in values or value is not None}
         files[name] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -367,7 +391,7 @@ class Remarks:
         """What a step makes of a row, or None if it refuses it."""
         try:
             return step(*args)
-        except BadInput as error:
+        except (BadInput, RecursionError) as error:
             self.refused.append(f"{row.place}: {error}")
             return None
 
@@ -394,12 +418,21 @@ def _roles(messages):
 def _beside(answer):
     """The texts that an answer says beside its content: its thoughts, its calls' names and arguments."""
     texts = [answer[key] for key in sorted(MEANING & answer.keys()) if isinstance(answer[key], str)]
-    calls = answer.get("tool_calls")
-    for call in calls if isinstance(calls, list) else ():
-        call = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(call, dict):
-            texts += _strings([call.get("name"), call.get("arguments")])
+    for call in _calls(answer):
+        texts += _strings([call.get("name"), call.get("arguments")])
     return texts
+
+
+def _calls(message):
+    """The calls of functions in a message, as objects."""
+    calls = message.get("tool_calls")
+    calls = [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return [call for call in (call.get("function", call) for call in calls) if isinstance(call, dict)]
+
+
+def in_json(text):
+    """A text as it stands within JSON, where line ends and quotes are escaped."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _strings(value):

@@ -56,6 +56,12 @@ def test_it_answers_one_prompt_with_the_template(folder, says):
     assert says(folder, *GREEDY, "--prompt", "-", stdin="Tell of a duck.\n") == (0, shown(answer), "")
 
 
+def test_bytes_that_are_no_text_are_shown_as_such_and_answered(folder, says):
+    for how in (["--prompt", "Tell of a \udcff."], ["--prompt", "-"], []):
+        code, said, err = says(folder, *GREEDY, *how, stdin="Tell of a \udcff.\n")
+        assert (code, err) == (0, "") and said == shown(expected(folder, "Tell of a ?."))
+
+
 def test_turns_stand_on_the_turns_before_and_an_empty_one_begins_anew(folder, says):
     first = expected(folder, "Hello.")
     second = expected(folder, "Hello.", first, "And then?")

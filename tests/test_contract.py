@@ -18,7 +18,7 @@ import pytest
 from conftest import NUMBERS, ROOT, oracle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers
 from test_templates import folder_of
 
 from machine import text as chat
@@ -169,6 +169,68 @@ def test_a_template_that_loses_what_was_written_is_refused_and_what_is_formattin
         encode(text_of(name), raw)
 
 
+LAST = ["Who?", "n", "i", "t", "s", "k", "think", "assistant", "<", ">", "", " "]
+EMPTY_THOUGHT = DROPS.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n\n</think>\n\n{% endif %}")
+
+
+@pytest.mark.parametrize("last", LAST)
+def test_where_an_answer_begins_does_not_hang_on_what_the_last_turn_says(last):
+    """The turn's text was looked for, and found in the words that open the answer."""
+    raw = {"messages": [turn("user", "A"), turn("assistant", "b"), turn("user", last), turn("assistant", "Hello.")]}
+    with pytest.raises(BadInput, match="opens <think> for the model to go on from"):
+        encode(text_of(OPENS), raw)
+    prompt, chosen, _ = encode(text_of(EMPTY_THOUGHT), raw)
+    assert prompt + chosen == f"<s><|user|>A<|end|><|assistant|>b<|end|><|user|>{last}<|end|><|assistant|><think>\n\n</think>\n\nHello.<|end|>"
+    assert chosen.strip() == "Hello.<|end|>", "but for a token that reaches over the border"
+
+
+@pytest.mark.parametrize("asked, answered", [("Assistant:", "ASSISTANT: "), ("<|assistant|>assistant", "<|assistant|>model "), ("<|user|>", "<|assistant|>"),
+                                             ("<|assistant|>Sure, ", "<|assistant|>")])
+def test_half_a_header_is_no_part_of_an_answer(asked, answered):
+    source = ("{% for m in messages %}{{ (ANSWERED if m.role == 'assistant' else '<|user|>') + m.content + '<|end|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ ASKED }}{% endif %}").replace("ANSWERED", repr(answered)).replace("ASKED", repr(asked))
+    with pytest.raises(BadInput, match=r"has .* for the model to go on from, and .* before an answer"):
+        encode(text_of(source), {"messages": [turn("user", "Is it a?"), turn("assistant", "Hello.")]})
+
+
+def test_arguments_of_a_call_that_are_written_as_a_text_within_json_are_refused():
+    """OpenAI stores them as a text, and a template that writes JSON escapes it a second time."""
+    call = CALL | {"function": {"name": "find", "arguments": json.dumps({"what": "bell"})}}
+    for messages in ([U, turn("assistant", None, tool_calls=[call])], [U, turn("assistant", "", tool_calls=[call]), turn("tool", "harbor"), A]):
+        with pytest.raises(BadInput, match=r"arguments as a text within JSON, '{\"what\": \"bell\"}'; store them as an object"):
+            encode(text_of("tools"), {"messages": messages})
+    plain = TOOLS.replace("call | tojson", "call.function.name + ' ' + call.function.arguments")
+    assert encode(text_of(plain), {"messages": [U, turn("assistant", None, tool_calls=[call])]})[1] == '\nfind {"what": "bell"}<|end|>'
+
+
+def test_a_turn_that_a_template_writes_as_json_or_takes_for_a_switch_is_not_lost():
+    said, remarks = '{"sky": "clear"}\n20', Remarks()
+    source = TOOLS.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content.replace('/no_think', '') }}")
+    rows = [Row({"messages": [U, A, turn("tool", said), A]}, "line 1"), Row({"messages": [turn("system", "Be brief. /no_think"), U, A]}, "line 2")]
+    (prompt, *_), (brief, *_) = text_of(source).encode(rows, remarks)
+    assert not remarks.refused and json.dumps(said) in text_of(source).decode(prompt) and "Be brief. <|end|>" in text_of(source).decode(brief)
+    assert "2 rows: the chat template or the tokenizer changes blanks or forms of letters" in remarks.note()
+
+
+def test_thoughts_of_earlier_answers_alone_may_be_dropped():
+    source = TOOLS.replace("m.reasoning_content is defined", "m.reasoning_content is defined and loop.last")
+    remarks, early = Remarks(), {"messages": [U, A | {"reasoning_content": "I count."}, U, A]}
+    text_of(source).encode([Row(early, "line 1")], remarks)
+    assert not remarks.refused and "does not write the key 'reasoning_content'" in remarks.note()
+    with pytest.raises(BadInput, match="does not write 'reasoning_content'"):
+        encode(text_of("header"), {"messages": [U, A | {"reasoning_content": "I count."}]})
+
+
+def test_a_prompt_that_is_cut_within_a_word_is_not_lost():
+    """In the whole text the prompt's last letters are three tokens, of which the last reaches over the border."""
+    vocab = {word: i for i, word in enumerate(("x", "a", "b", "c", "d", "cd", "bc", "abc", "<|end|>"))}
+    tokenizer = Tokenizer(models.BPE(vocab, [("c", "d"), ("b", "c"), ("a", "bc")]))
+    files = {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "<|end|>"}'}
+    text = Text(files, "here", ROOMY)
+    (prompt, chosen, _), = text.encode([Row({"prompt": "xabc", "chosen": "dx"}, "line 1")])
+    assert text.ids(["xabc"]) == [[0, 7]] and prompt == [0] and chosen == [1, 2, 5, 0, 8]
+
+
 def test_what_an_attacker_found():
     """Each of these once trained something else without a word."""
     for template, raw, what in [
@@ -213,8 +275,8 @@ def test_everything_a_message_carries_goes_to_the_template():
     assert json.dumps(TOOL) in prompt and json.dumps(CALL) in prompt and "<|tool|>harbor<|end|>" in prompt and chosen == "Harbor 3.<|end|>"
     assert encode(text, KINDS_OF_TALK["tool call"])[1] == "\n" + json.dumps(CALL) + "<|end|>"
     assert encode(text, KINDS_OF_TALK["reasoning"])[1] == "<think>\nI count.\n</think>\n\nHarbor 3.<|end|>"
-    switch = text_of(TOOLS + "{% if loud %}!{% endif %}")
-    assert encode(switch, {"messages": [U, A], "chat_template_kwargs": {"loud": True, "quiet": None}})[0].endswith("<|assistant|>!")
+    switch = text_of("{% if loud %}!{% endif %}" + TOOLS)
+    assert encode(switch, {"messages": [U, A], "chat_template_kwargs": {"loud": True, "quiet": None}})[0].startswith("!")
 
 
 def test_bookkeeping_that_a_template_does_not_write_is_counted():
@@ -266,6 +328,14 @@ def test_special_tokens_are_read_from_all_their_files():
     wrong = {"tokenizer_config.json": json.dumps({"added_tokens_decoder": {"3": {"content": "<|end|>"}}}).encode()}
     with pytest.raises(BadInput, match=r"'<\|end\|>' has id 3 in one file and 1 in tokenizer.json"):
         Text(companions(TINY) | wrong, "here", ROOMY)
+
+
+def test_a_tokens_manner_is_what_the_tokenizers_settings_say():
+    """As in transformers, which believe tokenizer_config.json."""
+    settings = {"eos_token": "<|end|>", "added_tokens_decoder": {"1": {"content": "<|end|>", "lstrip": True, "special": True}}}
+    text = Text(companions(TINY) | {"tokenizer_config.json": json.dumps(settings).encode()}, "here", ROOMY)
+    token = text.tokenizer.get_added_tokens_decoder()[1]
+    assert token.lstrip and token.special and text.ids(["a <|end|>"]) == text.ids(["a<|end|>"])
 
 
 def test_a_named_end_that_is_an_ordinary_token_is_one_token_all_the_same():
@@ -367,7 +437,7 @@ def follow(recipe, folder, monkeypatch):
     (command,) = re.findall(r'python -c "(.*)"$', recipe)
     monkeypatch.chdir(folder)
     exec(compile(command.replace("\\n", "\\\\n") if "\n" in command else command, "recipe", "exec"), {})
-    return [(row.turns, row.chosen["content"]) for row in read_rows(folder / "rows.jsonl")]
+    return [(row.turns, row.chosen["content"]) for row in read_rows(folder / "theirs.converted.jsonl")]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -375,7 +445,8 @@ def test_the_recipe_for_another_shape_works(name, tmp_path, monkeypatch):
     oracle("datasets")
     raws, expected = FOREIGN[name]
     (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, raws)))
-    with pytest.raises(BadInput, match=f"theirs.jsonl, line 1: columns .* are {name}'s; convert it once") as refused:
+    lost = ", which drops rejected" if "rejected" in raws[0] else ""
+    with pytest.raises(BadInput, match=f"theirs.jsonl, line 1: columns .* are {name}'s{lost}; convert it once") as refused:
         read_rows(tmp_path / "theirs.jsonl")
     assert follow(str(refused.value), tmp_path, monkeypatch) == expected
 

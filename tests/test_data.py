@@ -77,6 +77,8 @@ SHAPES = {      # the row: (turns, chosen, rejected)
                        "messages": [U, turn("assistant", "Not this.")], "score_chosen": 8.5, "score_rejected": 7.0}, [U], "A dog.", "No."),
     "messages beside a chosen text": ({"prompt": "Who?", "chosen": "A dog.", "messages": [U, turn("assistant", "Not this.")]}, "Who?", "A dog.", None),
     "null for what is not there": ({"prompt": "Who?", "chosen": "A dog.", "rejected": None, "verifier": None}, "Who?", "A dog.", None),
+    "null for a part of a verifier": ({"prompt": "Who?", "chosen": "A dog.", "verifier": {"must": ["dog"], "must_not": None}}, "Who?", "A dog.", None, {"must": ["dog"]}),
+    "empty columns, which say nothing": ({"prompt": "Who?", "chosen": "A dog.", "system": "", "tool_calls": []}, "Who?", "A dog.", None),
     "further keys, in row and message": ({"messages": [U | {"id": 7}, A | {"name": "x", "tool_calls": None}], "source": "web"}, [U | {"id": 7}], "A dog.", None),
     "prompt and completion": ({"prompt": "Who?", "completion": "A dog."}, "Who?", "A dog.", None),
     "explicit prompt": ({"prompt": [U], "chosen": [A], "rejected": [turn("assistant", "No.")]}, [U], "A dog.", "No."),
@@ -96,9 +98,9 @@ SHAPES = {      # the row: (turns, chosen, rejected)
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_may_have_any_of_the_usual_shapes(shape):
-    raw, turns, chosen, rejected = SHAPES[shape]
+    raw, turns, chosen, rejected, *verifier = SHAPES[shape]
     row = Row(raw, "here")
-    assert content([row]) == [(turns, chosen, rejected, None)]
+    assert content([row]) == [(turns, chosen, rejected, *(verifier or [None]))]
 
 
 def content(rows):
@@ -276,9 +278,11 @@ def test_end_tokens_are_a_set_from_three_files_without_stale_numbers(generation,
     assert Text(files, TINY, ModelConfig(**NUMBERS | {"vocab_size": 1024}, source=config)).eos == expected
 
 
-def test_a_broken_generation_config_is_told_and_ignored(capsys):
-    assert tiny_text(**{"generation_config.json": b'{"eos_token_id": [1,}'}).eos == (1,)
-    assert "generation_config.json is not valid JSON and is ignored" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_broken_file_beside_the_weights_is_refused(name):
+    for broken, words in ((b'{"eos_token_id": [1,}', "not JSON"), (b"[1]", "not a JSON object")):
+        with pytest.raises(BadInput, match=f"{name}: {words}"):
+            tiny_text(**{name: broken})
 
 
 def test_padding_and_truncation_in_tokenizer_json_are_switched_off():

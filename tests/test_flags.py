@@ -1,5 +1,6 @@
 """The command line: presets hold the paper's numbers in full, --help is in groups, and what contradicts itself is refused."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -61,6 +62,14 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path):
         parse(["--resume", str(run), "--out", str(tmp_path / "other")])
     for same in ([], ["--out", str(run)], ["--out", f"{run}/../run/"]):
         assert parse(["--resume", str(run), *same]).cfg.out == str(run)
+
+
+def test_the_base_of_adapters_may_have_moved(tmp_path):
+    for lora in (0, 4):
+        settings = dataclasses.asdict(parse([*MODEL, "--lora", str(lora)]).cfg)
+        (tmp_path / "config.json").write_text(json.dumps({"layout": LAYOUT, "settings": settings, "preset": "paper-dpo"}))
+        with contextlib.nullcontext() if lora else pytest.raises(BadInput, match="--model .* contradicts"):
+            assert parse(["--resume", str(tmp_path), "--model", "elsewhere"]).cfg.model == "elsewhere"
 
 
 @pytest.mark.parametrize("warmup, steps", [("10%", 3), ("10%", 4), ("0%", 9), ("2.5%", 120), ("33%", 100), ("10%", 0), ("7", 3)])

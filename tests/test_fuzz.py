@@ -34,7 +34,7 @@ ESCAPED = {     # what once ended in a traceback, or worse: (the file in its pla
     "half a surrogate pair in a .jsonl": ("bad.jsonl", ROW + b"\n" + HALF, "refused"),
     "half a surrogate pair in a key of config.json": ("llama/config.json", lambda b: changed(b, "config.json", **{"\ud800": 1}), "refused"),
     "an end token that is half a surrogate pair": ("llama/tokenizer_config.json", lambda b: changed(b, "tokenizer_config.json", eos_token="\ud800"),
-                                                   "accepted"),
+                                                   "refused"),
     "a context of one token": ("llama/config.json", lambda b: changed(b, "config.json", max_position_embeddings=1), "refused"),
     "a family of 5,000 letters": ("llama/config.json", lambda b: changed(b, "config.json", model_type="x" * 5000), "refused"),
     "a tensor whose name clears the screen": ("mistral/model.safetensors.index.json",

@@ -387,6 +387,9 @@ def test_only_the_dtype_changes_in_config_json(tmp_path):
     base = good_folder(tmp_path / "in", use_cache=True, some_future_key=[1, {"a": None}], torch_dtype="float16", dtype=None)
     save_pretrained(load_pretrained(base), tmp_path / "out", torch.bfloat16)
     assert read(tmp_path / "out") == read(base) | {"torch_dtype": "bfloat16"}
+    both = good_folder(tmp_path / "both", torch_dtype="float16", dtype="float16")
+    save_pretrained(load_pretrained(both), tmp_path / "out", torch.bfloat16)
+    assert read(tmp_path / "out") == read(both) | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}
 
 
 def test_saved_weights_say_their_format(tmp_path):
@@ -429,6 +432,13 @@ def test_a_file_system_that_cannot_sync_folders_is_good_enough_and_a_failing_dis
         with new_folder(tmp_path / "new") as folder:
             (folder / "file").write_text("x", "utf-8")
     assert (tmp_path / "new" / "file").exists() == fine
+
+
+def test_a_parent_that_is_a_link_to_nowhere_is_not_taken_for_another_process(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError):
+        with new_folder(tmp_path / "link" / "new", replace=False):
+            pass
 
 
 def test_saving_again_replaces_the_folder_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -59,6 +60,20 @@ def test_several_runs_stand_side_by_side_at_their_first_step_and_in_their_last_t
     assert ["ema/distance", "-", "0.5", "-", "0.5"] in lines
     assert show.main([str(tmp_path / "one"), str(tmp_path / "none")]) == 2
     assert "metrics.jsonl is not there" in capsys.readouterr().err
+
+
+def test_what_is_broken_in_a_run_or_cannot_be_drawn_gets_one_line(run, tmp_path, capsys):
+    copy = tmp_path / "cost $\\frac$"
+    shutil.copytree(run, copy)
+    assert show.main([str(run), str(copy), "--png", str(tmp_path / "both.png")]) == 0, "a $ in a name is a $"
+    capsys.readouterr()
+    for argv in ([run, "--png", tmp_path / "none/x.png"], [run, "--png", tmp_path / "x.foo"]):
+        assert show.main(list(map(str, [*argv, "--n", "1", "--no-model"]))) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    (copy / "config.json").write_text("{}")
+    assert show.main([str(copy)]) == 2 and "not the config.json of a run" in capsys.readouterr().err
+    (copy / "pairs.jsonl").write_text('{"step": 1, "ids": [[1], [2], [3]], "cuts": [0, 1, 1]}\n', "utf-8")
+    assert show.main([str(copy)]) == 2 and "no triples" in capsys.readouterr().err
 
 
 def test_colour_needs_a_terminal_and_is_not_forbidden(run, capsys, monkeypatch):
@@ -125,7 +140,7 @@ def test_parts_of_a_triple_join_to_the_text_where_a_tokenizer_strips_a_first_spa
 
 
 def test_triples_are_taken_evenly_over_the_run(tmp_path):
-    rows = [{"step": i, "ids": [], "cuts": []} for i in range(13)]
+    rows = [{"step": i, "row": i, "ids": [], "cuts": []} for i in range(13)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
     steps = lambda n: [r["step"] for r in show.read_pairs(tmp_path, n)]
     assert steps(3) == [0, 6, 12] and steps(1) == [0] and steps(99) == list(range(13))

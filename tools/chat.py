@@ -44,7 +44,7 @@ class Speaker:
             said, head = self.text.render(self.turns, True), []
         else:
             said, head = "".join(turn["content"] for turn in self.turns), self.text.head
-        ids = head + self.text.tokenizer.encode(said, add_special_tokens=False).ids
+        ids = head + self.text.ids([said])[0]
         return ids or [self.text.bos if self.text.bos is not None else self.text.end]
 
     def answer(self, words, args):
@@ -109,11 +109,12 @@ def find(name):
 def turns(args):
     """What is said, turn by turn."""
     if args.prompt:
-        yield sys.stdin.read().strip("\n") if args.prompt == "-" else args.prompt
+        said = sys.stdin.read().strip("\n") if args.prompt == "-" else args.prompt
+        yield said.encode(errors="replace").decode()     # what is not UTF-8 is no text
         return
     while True:
         try:
-            yield input("\n> " if sys.stdin.isatty() else "")
+            yield input("\n> " if sys.stdin.isatty() else "").encode(errors="replace").decode()
         except (EOFError, KeyboardInterrupt):
             return
 
@@ -168,6 +169,8 @@ def settings(argv):
 def main(argv=None):
     try:
         args = settings(argv)
+        if hasattr(sys.stdin, "reconfigure"):            # not where a notebook or a test stands in for it
+            sys.stdin.reconfigure(errors="replace")
         device = World(args.device).device
         half = args.dtype == "bfloat16" or args.dtype == "auto" and device.type == "cuda"
         speakers = [Speaker(name, args.seed) for name in filter(None, (args.model, args.compare))]

@@ -280,6 +280,8 @@ def main(argv=None):
     sizes = (flags.world, flags.lora, flags.micro_batch, flags.batch_size, flags.generate_rows, flags.max_length or 3)
     if min(*sizes, flags.continuation + 1) < 1:
         parser.error("sizes must be at least 1")
+    if not 0 < flags.gpu_memory < 1e6:
+        parser.error("--gpu-memory must be a number of gigabytes")
     optimizer = flags.optimizer or {**dataclasses.asdict(Config()), **PRESETS.get(f"paper-{flags.loss}", {})}["optimizer"]
     job = Job(flags.world, flags.loss, optimizer, flags.lora, flags.dtype == "bfloat16", flags.micro_batch,
               flags.gradient_checkpointing, flags.max_length or 2048, flags.continuation, flags.batch_size,

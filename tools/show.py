@@ -23,11 +23,11 @@ import torch
 
 from buffer import Pair, collate
 from losses import batch_logps, by_text
-from machine.curves import draw_runs
+from machine.curves import draw_runs, read_metrics
 from machine.dataset import Data
 from machine.files import BadInput, parse_json, read_json
 from machine.config import config_from_dict, read_config
-from machine.flags import Config, resolved
+from machine.flags import Config, resolved, settings_of
 from machine.folders import companions, load_pretrained
 from machine.report import one_line, show_rows
 from machine.rows import read_rows
@@ -50,7 +50,7 @@ def read_pairs(run, n):
     if not path.is_file():
         raise BadInput(f"{path} is not there; a run writes it during SAPO steps, see --show-every")
     rows = [parse_json(line, path) for line in path.read_bytes().splitlines()]
-    if not rows or not all(isinstance(r, dict) and {"step", "ids", "cuts"} <= set(r) for r in rows):
+    if not rows or not all(isinstance(r, dict) and {"step", "row", "ids", "cuts"} <= set(r) for r in rows):
         raise BadInput(f"{path} holds no triples with their ids")
     n = min(n, len(rows))
     return [rows[round(i * (len(rows) - 1) / max(1, n - 1))] for i in range(n)]
@@ -58,7 +58,8 @@ def read_pairs(run, n):
 
 def models(run):
     """(policy, start) of a run, each None where its weights are not here."""
-    settings = read_json(run / "config.json", "run folder")["settings"]
+    path = run / "config.json"
+    settings = settings_of(read_json(path, "run folder"), path)
     start = Path(settings["model"])
     return [load_pretrained(folder).eval() if there else None for folder, there in (
         (run / "model", (run / "model").is_dir()), (start, start.is_dir() and not settings["from_scratch"]))]
@@ -188,10 +189,9 @@ def side_by_side(runs):
     """The metrics of several runs as a table: at their first step of SAPO, and the mean of the last ten."""
     columns, names = [], [run.resolve().name for run in runs]
     for run in runs:
-        path = run / "metrics.jsonl"
-        if not path.is_file():
-            raise BadInput(f"{path} is not there; is this a run folder?")
-        lines = [row for row in (parse_json(line, path) for line in path.read_bytes().splitlines()) if "loss" in row and "step" in row]
+        if not (run / "metrics.jsonl").is_file():
+            raise BadInput(f"{run}/metrics.jsonl is not there; is this a run folder?")
+        lines = [row for row in read_metrics(run) if "loss" in row and "step" in row]
         columns += [lines[:1], lines[-10:]]
     keys = dict.fromkeys(key for lines in columns for row in lines for key, value in row.items() if isinstance(value, float))
     wide = max(12, *map(len, names))
@@ -215,6 +215,8 @@ def encoded(args):
 
 
 def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):               # not where a test stands in for it
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("runs", type=Path, nargs="*", metavar="run", help="run folder; several are compared")
     parser.add_argument("--data", help="show rows of this file instead")
@@ -235,6 +237,7 @@ def main(argv=None):
             print(side_by_side(args.runs))
             if args.png:
                 draw_runs(args.runs, Path(args.png))
+                print(f"\ntheir curves are in {args.png}")
             return 0
         run = args.runs[0]
         rows = read_pairs(run, max(1, args.n))
@@ -242,19 +245,19 @@ def main(argv=None):
         config = config_from_dict(read_json(source / "config.json", "run folder"))
         text = Text(companions(source), source, config)
         policy, start = (None, None) if args.no_model else models(run)
-    except (BadInput, OSError, ImportError) as error:        # ImportError: there is no matplotlib
+        start = start if policy else None
+        pairs = [Pair(*row["ids"], *row["cuts"], row=row["row"], step=row["step"]) for row in rows]
+        colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
+        width = max(40, min(160, shutil.get_terminal_size((110, 24)).columns))
+        for row, pair in zip(rows, pairs):
+            print("\n".join(prints(row, pair, text, policy, start, width, colour)) + "\n")
+        print(legend(policy, start))
+        if args.png:
+            draw(rows, pairs, text, policy, start, args.png)
+        return 0
+    except (BadInput, OSError, ImportError, ValueError) as error:        # no matplotlib; a picture of no kind it knows
         print(f"show: {error}", file=sys.stderr)
         return 2
-    start = start if policy else None
-    pairs = [Pair(*row["ids"], *row["cuts"], row=row["row"], step=row["step"]) for row in rows]
-    colour = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
-    width = max(40, min(160, shutil.get_terminal_size((110, 24)).columns))
-    for row, pair in zip(rows, pairs):
-        print("\n".join(prints(row, pair, text, policy, start, width, colour)) + "\n")
-    print(legend(policy, start))
-    if args.png:
-        draw(rows, pairs, text, policy, start, args.png)
-    return 0
 
 
 if __name__ == "__main__":
