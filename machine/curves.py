@@ -2,11 +2,12 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from machine.files import parse_json
+from machine.files import BadInput, parse_json
 
 PANELS = (      # title, unit of y, {key of metrics.jsonl: its name, where a panel has several}
     ("Training loss", "", {"loss": ""}),
@@ -25,9 +26,12 @@ PANELS = (      # title, unit of y, {key of metrics.jsonl: its name, where a pan
 
 
 def read_metrics(folder):
-    """The lines of metrics.jsonl, but for one that is being written just now."""
-    path = Path(folder, "metrics.jsonl")
-    return [parse_json(line, path) for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+    """The lines of metrics.jsonl that can be read: not one that is being written just now."""
+    rows, path = [], Path(folder, "metrics.jsonl")
+    for line in path.read_bytes().splitlines():
+        with suppress(BadInput):
+            rows.append(parse_json(line, path))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def read_curves(folder):
