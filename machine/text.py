@@ -242,6 +242,9 @@ class Text:
         same = len(commonprefix(tails))
         start, rest = len(whole) - len(tails[1]) + same, tails[0][same:]
         before = whole[start:max(start, whole.find(answer["content"].strip(), start))]
+        closes = re.match(r"\s*</(\w+)>", before)       # what the prompt has opened
+        if closes and tails[0][:same].rstrip().endswith(f"<{closes[1]}>"):
+            before = before[closes.end():]
         for tag in re.findall(r"</?(\w+)>", rest):
             if rest.count(f"<{tag}>") != rest.count(f"</{tag}>"):
                 how = "closes" if f"</{tag}>" in rest else "opens"

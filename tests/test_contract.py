@@ -184,6 +184,14 @@ def test_where_an_answer_begins_does_not_hang_on_what_the_last_turn_says(last):
     assert chosen.strip() == "Hello.<|end|>", "but for a token that reaches over the border"
 
 
+@pytest.mark.parametrize("last", LAST)
+def test_a_thought_that_is_opened_for_the_model_and_empty_in_a_conversation_is_closed_by_the_answer(last):
+    source = ("{% for m in messages %}{{ ('<|assistant|><think></think>' if m.role == 'assistant' else '<|user|>') + m.content + '<|end|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}")            # Nemotron 3's
+    prompt, chosen, _ = encode(text_of(source), {"messages": [turn("user", last), turn("assistant", "Hello.")]})
+    assert prompt + chosen == f"<|user|>{last}<|end|><|assistant|><think>\n</think>Hello.<|end|>" and chosen.endswith("</think>Hello.<|end|>")
+
+
 @pytest.mark.parametrize("asked, answered", [("Assistant:", "ASSISTANT: "), ("<|assistant|>assistant", "<|assistant|>model "), ("<|user|>", "<|assistant|>"),
                                              ("<|assistant|>Sure, ", "<|assistant|>")])
 def test_half_a_header_is_no_part_of_an_answer(asked, answered):
