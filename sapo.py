@@ -149,9 +149,9 @@ def generate_segments(model, examples, cuts, cfg, eos, rng, vocab=None, lap=igno
     """[3]: B' for each example. The model sees x and A only, never B or C.
 
     B' is at most as long as B (a sentence or line: or LONGEST_UNIT tokens, if that is more). With
-    cfg.after "rewrite" it runs to its own end token. x and y- stay within cfg.max_length, or it is
-    a ValueError. At most cfg.generate_rows texts are generated at once; rounding aside, that does
-    not change them. rng: a torch.Generator. eos, vocab and lap are those of `model.generate`.
+    cfg.after "rewrite" it runs to its own end token. x and y- stay within cfg.max_length;
+    ValueError if that leaves no room. At most cfg.generate_rows texts are generated at once, which
+    changes rounding alone. rng: a torch.Generator. eos, vocab, lap: those of `model.generate`.
     """
     ends, banned = (eos, ()) if cfg.eos_in_segment == "stop" else ((), eos)
     length = cfg.max_length or min(2048, model.config.max_position_embeddings)
@@ -383,7 +383,7 @@ class SAPOConfig:
     max_length: int | None = setting(
         None, "tokens of prompt and response; a longer response loses its right end; "
         "without it min(2048, the model's context)", "paper", low=2)
-    generate_every: int = setting(1, "steps from pairs to new pairs", "authors' code", low=1)
+    generate_every: int = setting(1, "steps between generating pairs", "authors' code", low=1)
     alpha: float = setting(0.5, "weight of the old EMA in its update", "paper", high=1)
     ema_every: str = setting("2", "optimizer steps between EMA updates, or 'epoch'", "paper",
                              pattern=f"{STEPS}|epoch", form="a number of steps, or epoch")

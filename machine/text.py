@@ -326,7 +326,8 @@ class Text:
                 plain = in_json(said).replace("\\", "")
                 if not _holds(text, said.strip()) and not _holds(text.replace("\\", ""), plain):
                     raise BadInput(f"{_short(said)} is lost on its way into tokens: it became {_short(text)}")
-        for message, text in [*((turn, texts[0]) for turn in self._turns(row)), (row.chosen, texts[1])]:
+        said_where = [(turn, texts[0]) for turn in self._turns(row)]
+        for message, text in [*said_where, *zip([row.chosen, row.rejected], texts[1:])]:
             for said in [call["arguments"] for call in _calls(message) if "arguments" in call]:
                 if isinstance(said, str) and in_json(said) in text and said not in text:
                     raise BadInput("the chat template writes a call's arguments as a text within JSON, "

@@ -207,6 +207,9 @@ def test_arguments_of_a_call_that_are_written_as_a_text_within_json_are_refused(
     for messages in ([U, turn("assistant", None, tool_calls=[call])], [U, turn("assistant", "", tool_calls=[call]), turn("tool", "harbor"), A]):
         with pytest.raises(BadInput, match=r"arguments as a text within JSON, '{\"what\": \"bell\"}'; store them as an object"):
             encode(text_of("tools"), {"messages": messages})
+    worse = {"prompt": [U], "chosen": [A], "rejected": [turn("assistant", None, tool_calls=[call])]}
+    with pytest.raises(BadInput, match="arguments as a text within JSON"):
+        encode(text_of("tools"), worse)
     plain = TOOLS.replace("call | tojson", "call.function.name + ' ' + call.function.arguments")
     assert encode(text_of(plain), {"messages": [U, turn("assistant", None, tool_calls=[call])]})[1] == '\nfind {"what": "bell"}<|end|>'
 
@@ -291,6 +294,16 @@ def test_bookkeeping_that_a_template_does_not_write_is_counted():
     remarks = Remarks()
     text_of("header").encode([Row({"messages": [U | {"name": "Ada", "id": 3}, A]}, f"line {i}") for i in range(3)], remarks)
     assert "3 rows: the chat template does not write the key 'id' (line 0: " in remarks.note() and "key 'name'" in remarks.note()
+
+
+def test_a_row_that_is_nested_too_deeply_is_refused_like_any_other():
+    def deep(n):
+        return deep(n + 1)
+
+    remarks = Remarks()
+    assert remarks.attempt(Row({"prompt": "a", "chosen": "b"}, "line 9"), deep, 0) is None
+    with pytest.raises(BadInput, match="^line 9: maximum recursion depth"):
+        remarks.refuse()
 
 
 def test_all_rows_that_are_refused_are_counted_and_the_first_is_named(tmp_path):

@@ -218,6 +218,13 @@ def test_generating_few_rows_at_once_changes_nothing(monkeypatch):
     assert texts[0] == texts[1] == texts[2] and most == [11, 4, 4, 3] + [1] * 11
 
 
+@pytest.mark.parametrize("memory", ["nan", "0", "-3", "inf"])
+def test_a_gpu_has_a_number_of_gigabytes(memory, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--table", "--gpu-memory", memory])
+    assert "--gpu-memory must be a number of gigabytes" in capsys.readouterr().err
+
+
 if __name__ == "__main__":
     folder, out = map(Path, sys.argv[1:])
     world, found = World("cpu"), []

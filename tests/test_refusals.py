@@ -25,8 +25,9 @@ from conftest import ROOT, small_model
 from safetensors.torch import load_file, save_file
 
 import train
-from machine import folders, parallel
+from machine import checkpoint, folders, parallel
 from machine import text as chat
+from machine.files import BadInput
 from machine.rows import MAX_LINE
 from machine.flags import LAYOUT, Config
 from machine.folders import companions, save_pretrained
@@ -369,8 +370,6 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "such a run whose name has a comma": (both(a_run({}, ""), (lambda f: (f / "model").rename(f / "run/model"), []),
                                                (lambda f: (f / "run").rename(f / "lr1,b2"), GOOD + "--model lr1,b2/model --out lr1,b2 --overwrite".split())),
                                           "--out lr1,b2", "lr1,b2/model; or choose another name"),
-    "a folder in which nothing can be written": (only(*GOOD, "--out", "/proc/run") if os.path.isdir("/proc") and not os.access("/proc", os.W_OK)
-                                                 else flags("--out rows.jsonl/run"), "--out", "another"),
     "the folder one stands in": (flags("--out ."), "--out .", "another name"),
     "a run folder whose name has NUL": ((lambda f: None, GOOD + ["--out", "o\0ut"]), "--out", "null byte", "another name"),
     "a run folder whose name is too long": (flags("--out " + "o" * 300), "--out", "too long", "another name"),
@@ -402,6 +401,22 @@ def test_it_is_refused_in_one_line_before_any_weight_is_loaded(tmp_path, kind):
     for word in REFUSED[kind][1:]:
         assert word in err
     assert after == before, "something was written or changed"
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    (tmp_path / "there").mkdir()
+    checkpoint.may_write(Config(out=str(tmp_path / "there/run")))
+    with pytest.raises(BadInput, match="nothing can be written there; choose another folder"):
+        checkpoint.may_write(Config(out=str(tmp_path / "new/run")))
+
+
+def test_what_is_cleared_up_is_the_runs_own(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("mine.tmp", "results.json.tmp", ".model.tmp", "checkpoint/.step-00000003.tmp", "checkpoint/notes.tmp"):
+        (tmp_path / name).write_text("x")
+    checkpoint.clear_up(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["checkpoint", "mine.tmp", "notes.tmp"]
 
 
 if __name__ == "__main__":
