@@ -78,9 +78,15 @@ class Screen:
         return getattr(self.stream, name)
 
 
+def printable(s, kept=""):
+    """A text without what steers a screen, `kept` aside: what a file or a model says must not."""
+    kept += "\xa0\u200c\u200d\u3000"                     # two blanks, and what joins letters or parts them
+    return "".join(c if c.isprintable() or c in kept else "\ufffd" for c in s)
+
+
 def one_line(s, width):
-    """A text in one line, its middle left out. What a file says must not steer the screen."""
-    s = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(s.split()))
+    """A text in one line, its middle left out."""
+    s = printable(" ".join(s.split()))
     return s if len(s) <= width else s[:width // 2 - 1] + " … " + s[-(width // 2 - 2):]
 
 

@@ -116,7 +116,7 @@ def test_the_text_comes_while_it_is_made(folder, says, monkeypatch):
 
 
 def test_half_a_character_waits_and_nothing_steers_the_terminal(capsys):
-    parts = {(1,): "caf\ufffd", (1, 2): "café", (1, 2, 3): "café \033[31mred\a"}
+    parts = {(1,): "caf\ufffd", (1, 2): "café", (1, 2, 3): "café \033[31mred\a\u3000\u0645\u06cc\u200c"}
 
     class Words:
         eos = (7,)
@@ -129,7 +129,7 @@ def test_half_a_character_waits_and_nothing_steers_the_terminal(capsys):
     assert capsys.readouterr().out == "caf"
     screen.see(torch.tensor([2]))
     screen.end([1, 2, 3])
-    assert capsys.readouterr().out == "é \ufffd[31mred\ufffd\n"
+    assert capsys.readouterr().out == "é \ufffd[31mred\ufffd\u3000\u0645\u06cc\u200c\n", "blanks and joiners of other scripts steer nothing"
 
 
 def test_a_stopped_answer_stays_in_the_conversation(folder, capsys, monkeypatch):

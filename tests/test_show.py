@@ -139,6 +139,14 @@ def test_parts_of_a_triple_join_to_the_text_where_a_tokenizer_strips_a_first_spa
     assert parts["ids"] == [[0], [1, 2, 3, 4, 5, 6], [1, 2, 7, 5, 6]] and parts["cuts"] == [2, 4, 3]
 
 
+def test_a_text_does_not_steer_the_screen():
+    words = ["x", "one\n", "\033[2J", "a\tb", "two"]
+    text = SimpleNamespace(decode=lambda ids, skip=False: "".join(words[i] for i in ids))
+    pair = Pair([0], [1, 2, 4], [1, 3, 4], 1, 2, 2)
+    lines = show.prints({"step": 0, "row": 0}, pair, text, None, None, 80, False)
+    assert lines[2:] == ["y+   one⏎[\ufffd[2J]two", "y-   one⏎[a b]two"]
+
+
 def test_triples_are_taken_evenly_over_the_run(tmp_path):
     rows = [{"step": i, "row": i, "ids": [], "cuts": []} for i in range(13)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")

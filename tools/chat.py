@@ -23,6 +23,7 @@ from machine.config import read_config
 from machine.files import BadInput
 from machine.folders import BESIDE, WEIGHTS, companions, fetch, load_pretrained
 from machine.parallel import World
+from machine.process import printable
 from machine.text import Text
 from model import generate
 
@@ -85,7 +86,7 @@ class Screen:
     def show(self, whole):
         if whole.startswith(self.shown):
             new = whole[len(self.shown):]
-            print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in new), end="", flush=True)
+            print(printable(new, "\n\t"), end="", flush=True)
             self.shown = whole
 
     def end(self, ids):

@@ -29,7 +29,8 @@ from machine.files import BadInput, parse_json, read_json
 from machine.config import config_from_dict, read_config
 from machine.flags import Config, resolved, settings_of
 from machine.folders import companions, load_pretrained
-from machine.report import one_line, show_rows
+from machine.process import one_line, printable
+from machine.report import show_rows
 from machine.rows import read_rows
 from machine.text import Text
 
@@ -80,12 +81,11 @@ def sides(pair, text, policy=None, start=None):
     out = []
     for y, stop, name, value in ((pair.chosen, pair.stop, "B", values[0]), (pair.rejected, pair.rejected_stop, "B'", values[1])):
         ends = [len(text.decode(y[:i])) for i in range(len(y) + 1)]
-        whole = text.decode(y)
+        whole = printable(text.decode(y).replace("\n", "⏎").replace("\t", " "))
         A = whole[:ends[pair.start]]
         tokens = [Token(A if len(A) <= BEFORE else "… " + A[-BEFORE:], "A", None)] if A else []
         for i in range(pair.start, len(y)):
-            piece = whole[ends[i]:ends[i + 1]].replace("\n", "⏎")
-            tokens.append(Token(piece, name if i < stop else "C", value[i] if value else None))
+            tokens.append(Token(whole[ends[i]:ends[i + 1]], name if i < stop else "C", value[i] if value else None))
         out.append(tokens)
     return out
 
