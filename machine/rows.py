@@ -15,7 +15,7 @@ from machine.files import BadInput, parse_json, paths_of
 MAX_LINE = 10_000_000       # bytes of one data line
 NEED = "a row needs prompt and chosen (or completion), or messages"
 RECIPE = ("convert it once: python -c \"from datasets import load_dataset; "
-          "load_dataset({source}, split='train'){steps}.to_json({to!r})\"")
+          "load_dataset({source}, split='train'){steps}.to_json({to})\"")
 KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".zst": "json", ".xz": "json"}
 SHAPES = (      # the columns of what is not read, its name, and how the datasets library makes rows of it
     ({"conversations"}, "ShareGPT", ".map(lambda r: {'messages': [{'role': {'human': 'user', 'gpt': "
@@ -53,7 +53,7 @@ class Row:
         for columns, name, steps in SHAPES:
             if columns <= set(raw) and (name != "hh-rlhf" or str(raw["chosen"]).startswith("\n\nHuman:")):
                 file = re.sub(r", (line|row) \d+$", "", str(place))
-                recipe = recipe_for(f"'json', data_files={file!r}", file, steps)
+                recipe = recipe_for(file, "json", steps)
                 lost = {"rejected", "tools", "history", "verifier", "judge", "chat_template_kwargs"}
                 lost = sorted(lost & set(raw))
                 lost = f", which drops {', '.join(lost)}" if lost else ""
@@ -144,10 +144,16 @@ class Row:
         return messages[-1]
 
 
-def recipe_for(source, name, steps=""):
-    """The command that converts rows, into a file that has another name than theirs."""
-    to = f"{Path(name).name.partition('.')[0]}.converted.jsonl"
+def recipe_for(name, kind="", steps=""):
+    """The command that converts a file of a kind, or a data set of the hub, into a file of another name."""
+    source, to = map(_in_command, (name, f"{Path(name).name.partition('.')[0]}.converted.jsonl"))
+    source = f"'{kind}', data_files={source}" if kind else source
     return RECIPE.format(source=source, steps=steps, to=to)
+
+
+def _in_command(name):
+    """A name as Python text within a shell's double quotes, where neither reads anything else into it."""
+    return "'" + re.sub(r"(?=[\0-\x7f])[^\w ./:@-]", lambda m: f"\\x{ord(m[0]):02x}", str(name)) + "'"
 
 
 def _is_packed(text):
@@ -183,12 +189,11 @@ def read_rows(where):
 
 def _rows_of(path):
     if path.suffix in KINDS:
-        recipe = recipe_for(f"'{KINDS[path.suffix]}', data_files={str(path)!r}", path)
-        raise BadInput(f"{path}: only JSON lines are read; {recipe}")
+        raise BadInput(f"{path}: only JSON lines are read; {recipe_for(path, KINDS[path.suffix])}")
     if not path.exists():
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
-        recipe = recipe_for(repr(str(path)), path)
-        raise BadInput(f"{path}: no such file" + f"; if it is a data set of the hub, {recipe}" * bool(hub))
+        recipe = f"; if it is a data set of the hub, {recipe_for(path)}" if hub else ""
+        raise BadInput(f"{path}: no such file{recipe}")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             rows = [Row(raw, place) for raw, place in _values(file, path)]

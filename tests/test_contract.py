@@ -6,10 +6,12 @@ The templates written out here have the manners of published ones, on the tiny w
 every FOLDER/NAME with tokenizer.json, tokenizer_config.json and a chat template is tried beside them.
 """
 
+import ast
 import datetime
 import json
 import os
 import re
+import subprocess
 import unicodedata
 from pathlib import Path
 from unittest import mock
@@ -484,6 +486,18 @@ def test_the_recipe_for_another_kind_of_file_works(suffix, tmp_path, monkeypatch
     with pytest.raises(BadInput, match=f"theirs{suffix}: only JSON lines are read; convert it once") as refused:
         read_rows(path)
     assert follow(str(refused.value), tmp_path, monkeypatch) == [("Hi", "Ho"), ("a,b", "c\nd")]
+
+
+@pytest.mark.parametrize("name", ["it's.csv", "a`b`.csv", 'say "$(date)".csv', "back\\slash.csv", "100%, 两 é.csv"])
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell's quotes, and names that Windows forbids")
+def test_neither_shell_nor_python_reads_anything_into_a_files_name(name, tmp_path):
+    (tmp_path / name).write_text("prompt,chosen\n")
+    with pytest.raises(BadInput, match="only JSON lines are read") as refused:
+        read_rows(str(tmp_path / name))
+    command = str(refused.value).partition("convert it once: ")[2].replace("python -c", "printf %s", 1)
+    code = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+    words = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert str(tmp_path / name) in words and f"{name.partition('.')[0]}.converted.jsonl" in words
 
 
 def test_a_hub_name_for_data_gets_its_recipe():
