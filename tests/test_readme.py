@@ -123,6 +123,21 @@ def test_the_studys_tables_are_those_it_wrote(title, name):
     assert len(rows) > 12 and set(rows) <= set(written), set(rows) - set(written)
 
 
+def test_the_studys_summary_is_made_of_its_tables():
+    _, *rows = re.findall(r"^\| .*(?= \|$)", text_of("docs/study.md").partition("## In short")[2].partition("## Rules")[0], re.M)
+    assert len(rows) == 8
+    for column, name in enumerate(("study", "constraints", "arithmetic"), 1):
+        written = [line.split(" | ") for line in text_of(f"docs/figures/{name}.md").splitlines() if line.startswith("| ")]
+        values = {}
+        for cells in [cells for cells in written if len(cells) > 2]:         # of a table's rows: greedy; of a claim's: its difference
+            values.setdefault(cells[0][2:], cells[2])
+            values.setdefault(cells[1], cells[2])
+        for row in rows:
+            cells = row[2:].split(" | ")
+            key = {"base, after SFT": "base", "SFT for as long": "SFT"}.get(cells[0], cells[0])
+            assert cells[column] == values.get(key, "-"), (cells[0], name)
+
+
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
 def test_the_readme_is_short(page):
     lines = text_of(page).splitlines()
