@@ -21,7 +21,7 @@ from sapo import SAPOConfig, setting
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 NAMES = "|".join(PROJECTIONS)
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("linear", "cosine", "inverse_sqrt", "constant")
 
 
@@ -70,7 +70,7 @@ class Config(SAPOConfig):
     report_to: str = setting("none", "what the metrics go to beside metrics.jsonl", "TRL",
                              choices=("none", "tensorboard"))
     seed: int = setting(42, "of everything drawn", "authors' code", low=0, high=2**31)
-    device: str = setting("auto", "cpu, cuda, mps, or auto: cuda where there is one", choices=DEVICES)
+    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one", choices=DEVICES)
     dtype: str = setting(
         "auto", "of autocast and of the generator; weights stay float32 (LoRA's frozen base does not); "
         "auto: bfloat16 on cuda", "authors' code", choices=("auto", "float32", "bfloat16"))
@@ -210,15 +210,14 @@ def checked(cfg):
     """The Config, or BadInput: types, choices and ranges, whatever the loss, then what must fit together."""
     for f in dataclasses.fields(Config):
         check_setting(f, getattr(cfg, f.name))
-    sees = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     for broken, sentence in (
             (not cfg.model,
              "--model is missing: a model folder or hub name (python train.py alone runs the tiny world)"),
             (not cfg.data, "--data is missing: a file of JSON lines with prompt and chosen, or messages"),
             (cfg.buffer_size < cfg.batch_size and cfg.steps != 0,
              f"--buffer-size {cfg.buffer_size} is smaller than one batch of {cfg.batch_size} pairs"),
-            (cfg.device in sees and not sees[cfg.device](),
-             f"--device {cfg.device}: torch sees none here; use --device cpu"),
+            (cfg.device == "cuda" and not torch.cuda.is_available(),
+             "--device cuda: torch sees none here; use --device cpu"),
             (cfg.from_scratch and not cfg.sft_steps,
              "--from-scratch with --sft-steps 0: random weights generate noise; give them some SFT"),
             (cfg.from_scratch and cfg.lora,

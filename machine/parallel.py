@@ -32,7 +32,7 @@ class World:
             self.place(device)
 
     def place(self, device):
-        """Take a device: cpu, cuda, mps, or auto."""
+        """Take a device: cpu, cuda, or auto."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(f"cuda:{self.local}" if device == "cuda" else device)

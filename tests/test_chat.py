@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, processors
 
 import chat
 from machine.folders import companions, load_pretrained, save_pretrained
+from machine.process import printable
 from machine.text import Text
 from model import generate
 
@@ -46,7 +47,7 @@ def expected(folder, *turns):
 
 def shown(*answers):
     """Answers as a terminal gets them, a line each: random weights say characters that would steer it."""
-    return "".join("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in answer) + "\n" for answer in answers)
+    return "".join(printable(answer, "\n\t") + "\n" for answer in answers)
 
 
 def test_it_answers_one_prompt_with_the_template(folder, says):
@@ -157,11 +158,12 @@ def test_of_a_run_its_model_answers(folder, says, tmp_path):
 
 
 @pytest.mark.parametrize("argv, words", [
-    ([".", "--device", "cuda" if not torch.cuda.is_available() else "mps"], "torch sees none here; use --device cpu"),
+    ([".", "--device", "cuda"], "torch sees none here; use --device cpu"),
     (["nowhere", "--prompt", "x"], "chat: nowhere: no such folder, and the hub cannot be reached"), ([ROOT / "docs", "--prompt", "x"], "config.json"),
     ([".", "--prompt", "x", "--top-p", 0], "--top-p is 0.0; it must be from"), ([".", "--max-new-tokens", 0], "--max-new-tokens is 0"),
     ([".", "--temperature", "nan"], "--temperature is nan"), ([".", "--prompt", " "], "--prompt is empty")])
-def test_bad_input_is_one_line_and_code_2(says, argv, words):
+def test_bad_input_is_one_line_and_code_2(says, argv, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = says(*argv)
     assert code == 2 and not out and words in err and err.count("\n") == 1
 

@@ -376,7 +376,7 @@ def another(f):
     texts = {"segment": "7%", "ema_every": "epoch", "ref_refresh": "never", "warmup": "3", "lora_projections": "q_proj,o_proj"}
     kind = kind_of(f)
     if f.metadata.get("choices"):
-        return next(c for c in f.metadata["choices"] if c not in (f.default, "cuda", "mps"))
+        return next(c for c in f.metadata["choices"] if c not in (f.default, "cuda"))
     return not f.default if kind is bool else texts.get(f.name, "x") if kind is str else f.default / 2 + 0.2 if kind is float else (f.default or 70) + 1
 
 

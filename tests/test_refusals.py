@@ -34,7 +34,6 @@ from machine.folders import companions, save_pretrained
 from model import Transformer
 
 GOOD = "--model model --data rows.jsonl --out out --steps 1 --batch-size 2 --buffer-size 4 --device cpu".split()
-NONE_HERE = "mps" if torch.cuda.is_available() else "cuda"
 SHORT = 10_000              # characters of a rendered conversation at most, here
 MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
            "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
@@ -217,7 +216,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
     "a text longer than the context": (flags("--max-length 129"), "--max-length 129", "128"),
     "a prompt that leaves no room": (flags("--max-prompt-length 128"), "--max-prompt-length 128", "no room for a response"),
     "both lengths, which leave no room": (flags("--max-prompt-length 64 --max-length 64"), "--max-prompt-length 64", "no room for a response"),
-    "a device that is not here": (flags(f"--device {NONE_HERE}"), f"--device {NONE_HERE}", "--device cpu"),
+    "a device that is not here": (flags("--device cuda"), "--device cuda", "--device cpu"),
     "random weights without SFT": (flags("--from-scratch"), "--from-scratch with --sft-steps 0", "give them some SFT"),
     "adapters on random weights": (flags("--from-scratch --sft-steps 3 --lora 4"), "--lora", "--from-scratch"),
     "adapters on projections that do not exist": (flags("--lora 4 --lora-projections q_proj,x_proj"), "--lora-projections", "q_proj"),
@@ -394,7 +393,8 @@ def test_the_command_line_is_good_until_something_is_broken(tmp_path):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_it_is_refused_in_one_line_before_any_weight_is_loaded(tmp_path, kind):
+def test_it_is_refused_in_one_line_before_any_weight_is_loaded(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, err, before, after = refuse(tmp_path, kind)
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n") and len(err) < 600, err

@@ -21,6 +21,7 @@ import torch
 
 from machine.config import read_config
 from machine.files import BadInput
+from machine.flags import DEVICES
 from machine.folders import BESIDE, WEIGHTS, companions, fetch, load_pretrained
 from machine.parallel import World
 from machine.process import printable
@@ -151,7 +152,7 @@ def settings(argv):
     parser.add_argument("--top-k", type=int, default=50, help="0 keeps all [50]")
     parser.add_argument("--top-p", type=float, default=0.95, help="1 keeps all [0.95]")
     parser.add_argument("--seed", type=int, default=42, help="the same seed and turns give the same answers [42]")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="[auto: cuda where there is one]")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="[auto: cuda where there is one]")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="[auto: bfloat16 on cuda, else float32]")
     parser.add_argument("--time", action="store_true", help="say how fast each answer came")
     args = parser.parse_args(argv)
@@ -159,9 +160,8 @@ def settings(argv):
                                    ("--top-k", args.top_k, 0, 10**9), ("--top-p", args.top_p, 1e-6, 1), ("--seed", args.seed, 0, 2**63 - 1)):
         if not low <= value <= high:
             raise BadInput(f"{flag} is {value}; it must be from {low:g} to {high:g}")
-    sees = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if args.device in sees and not sees[args.device]():
-        raise BadInput(f"--device {args.device}: torch sees none here; use --device cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch sees none here; use --device cpu")
     if args.prompt is not None and not args.prompt.strip():
         raise BadInput("--prompt is empty; say something, or leave it out to talk turn by turn")
     return args
