@@ -127,7 +127,7 @@ def attend(q, k, v, mask, scale):
     """
     if q.shape[2] == 1 and mask is not None:       # one query: a group's heads are rows of a matrix
         grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])            # (B, K, H / K, E)
-        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).reshape(q.shape)
     if k.shape[1] != q.shape[1]:           # expanded, because masked CUDA backends take no groups
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
@@ -267,8 +267,10 @@ class Transformer(nn.Module):
         if rows is not None:                             # a stream
             places, width = first_places(rows, len(ids)), rows.shape[1]
             positions = places % width                                     # (N,)
-            # padding is a token of one's own text, lest a NaN of another's reach it: 0 * NaN is NaN
-            stream = torch.where(rows < 0, rows[:, :1], rows), places
+            # padding is the text's own tokens, lest a NaN of another's reach it: 0 * NaN is NaN;
+            # all in turn, because a GPU adds the gradients of equal places one after another
+            own = torch.arange(width, device=ids.device) % (rows >= 0).sum(1, keepdim=True)
+            stream = rows.gather(1, own), places
         elif cache is None:                              # whole rows
             width = ids.shape[1]
             positions = torch.arange(width, device=ids.device).expand_as(ids)

@@ -83,7 +83,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
 
     # Training: the policy learns from pairs drawn from the buffer, most of them some steps old.
     pairs = state.buffer.sample(n)                                                             # [6]
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=not hasattr(state.policy, "no_sync"))  # DDP has buckets
     state.clock.lap("data")
     metrics = accumulate_gradient(state, pairs, cfg, autocast)                                 # [7]
     norm = optimizer_step(state.optimizer, state.policy, cfg.max_grad_norm)                    # [8]

@@ -74,7 +74,7 @@ def make_optimizer(model, cfg):
 
 def sft_step(policy, optimizer, examples, cfg, autocast):
     """One step of SFT on chosen responses: the mean over rows of the mean NLL. Returns metrics."""
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not hasattr(policy, "no_sync"))
     device, total = next(policy.parameters()).device, 0.0
     bad_rows = []
     for i in range(0, len(examples), cfg.micro_batch):

@@ -27,7 +27,8 @@ class World:
         if self.many:            # before flags are read, so that what one refuses, all refuse
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-            self.group = dist.new_group(backend="gloo")  # for plain values: works the same beside NCCL
+            long = datetime.timedelta(days=1)            # while one process downloads or writes
+            self.group = dist.new_group(backend="gloo", timeout=long)        # for plain values, beside NCCL
         if device:
             self.place(device)
 
@@ -36,6 +37,7 @@ class World:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(f"cuda:{self.local}" if device == "cuda" else device)
+        torch.backends.cuda.enable_cudnn_sdp(False)      # it makes a plan for each shape, and ours all differ
         if self.many and device == "cuda":
             torch.cuda.set_device(self.device)
 

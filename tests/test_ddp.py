@@ -161,11 +161,21 @@ def three_steps(way, loss, dtype, micro_batch, world):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-4, weight_decay=0.0)
     state = State.start(policy, cfg, (2,), seed=world.rank, processes=world.size, optimizer=optimizer, keep_ref=way != "shard",
                         copy=lambda _: parted().requires_grad_(False) if sharded else twin(model))
-    draw, result = Draw(rows, PAIRS, 0, world), {}
+    draw, result, places = Draw(rows, PAIRS, 0, world), {}, []
+
+    def lap(stage, lap=state.clock.lap):
+        lap(stage)
+        if stage == "backward":
+            places.append([p.grad.data_ptr() for p in model.parameters() if p.grad is not None])
+
+    state.clock.lap = lap if policy is not model else state.clock.lap
     for step in range(3):
+        places.clear()
         metrics = world.mean(sapo_step(state, draw, cfg))
         for key in ("buffer/size", "gen/tokens", "train/tokens"):        # as train.py has it: of all processes together
             metrics[key] *= world.size
+        if step == 2:                # DDP has arranged its buckets for good
+            assert all(some == places[-1] for some in places), "gradients of a first micro-batch are held beside DDP's buckets"
         result |= {f"gradient {step} {k}": unshard(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
         result[f"metrics {step}"] = torch.tensor([v for k, v in sorted(metrics.items()) if isinstance(v, float) and not k.startswith("time/")], dtype=torch.float64)
     for name, m in (("weights", model), ("ema", state.ema), *([("reference", state.reference)] if state.reference else [])):

@@ -957,6 +957,25 @@ def test_what_is_not_finite_stays_with_its_pair(order):
         assert chosen.isfinite().all()
 
 
+def test_padding_takes_the_texts_own_tokens_in_turn():
+    """A GPU adds the gradients of one token's places one after another, and padding can be most of a row."""
+    model, rows = small_model(), torch.tensor([[0, 1, 2, -1, -1, -1, -1, -1], [0, 3, 4, 5, 6, 7, 8, 9], [10, -1, -1, -1, -1, -1, -1, -1]])
+    taken = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, arguments: taken.append(arguments[3][0].tolist()))
+    model(torch.arange(11), rows)
+    assert taken == [[[0, 1, 2, 0, 1, 2, 0, 1], [0, 3, 4, 5, 6, 7, 8, 9], [10] * 8]]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decoding_takes_what_attention_returns_in_any_memory_layout(decoder, monkeypatch):
+    """CUDA's kernels return (batch, queries, heads, size) transposed, of which there is no view of another shape."""
+    model, real = small_model(**DECODERS[decoder]), F.scaled_dot_product_attention
+    expected = generate(model, PROMPTS, [5] * 5, **GREEDY)
+    laid_out = lambda *arguments, **how: real(*arguments, **how).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", laid_out)
+    assert generate(model, PROMPTS, [5] * 5, **GREEDY) == expected
+
+
 def test_a_stream_is_multiplied_once_and_without_padding():
     """Every linear layer gets as many tokens as there are: the purpose of it all."""
     model, pairs, seen = small_model(), some_pairs(), set()

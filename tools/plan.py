@@ -173,10 +173,10 @@ def passing(config, mode, job):
         copies = item * (2 * root + 3 * block) + (item + 4) * block
     end = (2 * item + 4) * root if mode == "shard" else 0                # the root's gradients, exchanged when no activation is left
     trained = count(lambda name, shape, trained: trained)
-    update = 4 * trained if mode != "shard" else 8 * -(-largest // job.world)       # torch's multi-tensor optimizers hold one more of each
+    update = 4 * trained if mode != "shard" else 4 * -(-trained // job.world)       # torch's multi-tensor optimizers hold one more of each
 
     rows = max(min(job.ema_every, job.generate_ahead) * job.batch_size // job.world, -(-job.eval_rows // job.world))
-    rows, width, size = min(rows, job.generate_rows), -(-job.max_length // 64) * 64, 2 if job.half else 4
+    rows, width, size = min(rows, job.generate_rows), -(-job.max_length // 64) * 64, 2 if job.half and mode != "ddp" else 4       # float32: what DDP evaluates
     cache = 2 * layers * rows * config.num_key_value_heads * width * config.head_dim * size
     prompts = rows * job.max_length * size * ((3 + bool(rank)) * I + 3 * D)     # a block's prefill, all rows at once
     gather = 4 * largest if mode == "shard" else 0                       # one whole tensor on its way to the generator
