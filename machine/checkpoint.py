@@ -85,7 +85,8 @@ def load_optimizer(folder, model, optimizer):
     for key, tensor in tensors_of(folder, "optimizer"):
         name, _, moment = key.rpartition(".")
         moments = state["state"].setdefault(numbers[name], {})
-        moments[moment] = shard_like(tensor, named[name]) if tensor.dim() else tensor
+        tensor = shard_like(tensor, named[name]) if tensor.dim() else tensor
+        moments[moment] = tensor.clone()                 # else it would be a part of the open file
     optimizer.load_state_dict(state)
 
 

@@ -158,10 +158,11 @@ class Command(NamedTuple):
 def parse(argv, doc=None):
     """The Command of a command line. A flag beats --config, which beats the preset."""
     flags = vars(command_line(doc).parse_args(argv))
+    given = [flag_of(name) for name in ("resume", "config", "preset") if flags[name]]
     preset, config = flags.pop("preset"), flags.pop("config")
     resume = flags.pop("resume")
-    if resume and (preset or config):
-        raise BadInput("--resume takes its settings from the run itself; leave out --preset and --config")
+    if len(given) > 1:
+        raise BadInput(f"{' and '.join(given)}: each brings all settings; give {given[0]} alone")
     flags |= {name: absolute(flags[name]) for name in PATHS if name in flags}
     settings, saved = {}, {}
     if resume or config:
@@ -187,7 +188,11 @@ def parse(argv, doc=None):
     settings = {k: v for k, v in settings.items() if k not in ("out", "overwrite")}
     bare = not (flags.get("model") or flags.get("data"))
     preset = preset or saved.get("preset") or ("tiny" if bare else "")     # else the defaults: paper-dpo's
-    cfg = checked(Config(**PRESETS.get(preset, {}) | settings | flags))
+    none = {"eval_data": "", "sft_data": ""} if "data" in flags else {}        # a preset's fit its own rows
+    begin = PRESETS.get(preset, {}) | none
+    cfg = checked(Config(**begin | settings | flags))
+    if flags.get("sft_data") and not (cfg.sft_steps or "sft_steps" in flags):
+        raise BadInput("--sft-data without --sft-steps: there would be no SFT; give --sft-steps N")
     return Command(cfg, preset or "paper-dpo", None)
 
 
@@ -226,6 +231,8 @@ def checked(cfg):
              "--after rewrite with --eos-in-segment ban: what the generator writes would never end"),
             (cfg.rejected == "data" and cfg.score_on == "segment",
              "--rejected data with --score-on segment: a pair of the data has no segment B"),
+            (cfg.weight_decay and cfg.optimizer != "adamw",
+             f"--weight-decay {cfg.weight_decay} is adamw's; give --optimizer adamw, or leave it out"),
             (0 < cfg.temperature < 1e-6, f"--temperature {cfg.temperature}: give 0 to decode greedily"),
             (cfg.loss == "rpo" and cfg.micro_batch < 2,
              "--loss rpo compares the pairs of a micro-batch, and --micro-batch 1 leaves none; raise it"),

@@ -395,7 +395,7 @@ def test_a_batch_that_cannot_be_shared_is_refused_only_where_it_is_used():
 def test_every_setting_is_a_flag(name, monkeypatch):
     monkeypatch.setenv("RANK", "0")                      # --shard wants torchrun
     value, flag = another(FIELDS[name]), flag_of(name)
-    more = ["--sft-steps", "3"] if name == "from_scratch" else []
+    more = {"from_scratch": ["--sft-steps", "3"], "sft_data": ["--sft-steps", "3"], "weight_decay": ["--optimizer", "adamw"]}.get(name, [])
     cfg, *_ = parse([*SOME, *more, *([flag] if value is True else [flag, str(value)])])
     base, *_ = parse([*SOME, *more])
     assert getattr(cfg, name) == value != getattr(base, name)
@@ -448,8 +448,15 @@ def test_a_flag_beats_the_config_which_beats_the_preset(tmp_path):
     cfg, preset, _ = parse(["--config", config, "--beta", "0.3"])
     assert (cfg.beta, cfg.lr, cfg.loss, cfg.lr_scheduler, preset) == (0.3, 1e-3, "orpo", "inverse_sqrt", "paper-orpo")
     assert (cfg.out, cfg.overwrite) == ("", False)       # where the earlier run went is not where this one goes
-    cfg, preset, _ = parse(["--config", config, "--preset", "paper-dpo"])
-    assert (cfg.loss, cfg.lr, preset) == ("dpo", 1e-3, "paper-dpo")
+    with pytest.raises(BadInput, match="--config and --preset: each brings all settings"):
+        parse(["--config", config, "--preset", "paper-dpo"])
+
+
+def test_rows_of_ones_own_are_not_measured_on_those_of_a_preset():
+    cfg, *_ = parse(["--preset", "tiny", "--data", "d"])
+    assert (cfg.eval_data, cfg.sft_data) == ("", "") and cfg.sft_steps == 500
+    cfg, *_ = parse(["--preset", "tiny", "--data", "d", "--eval-data", "e"])
+    assert cfg.eval_data == "e" and parse(["--preset", "tiny"]).cfg.eval_data.endswith("tiny_test.jsonl")
 
 
 def test_the_config_of_a_run_gives_its_settings_again(tmp_path):

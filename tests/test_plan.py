@@ -124,6 +124,16 @@ def kept_bytes(model, batch, cfg, autocast):
     return sum(t.untyped_storage().nbytes() for t in held.values())
 
 
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_the_head_is_reckoned_with_the_labels_that_a_loss_has(loss, monkeypatch):
+    P, S, taken = 90, 40, []
+    pair = Pair([3], [4] * (P - 1) + [1] * S, [4] * (P - 1) + [2] * S)                          # all but x and A are labels, or those too
+    wanted = (collate([pair], **scored_tokens(SAPOConfig(loss=loss))).labels != losses.IGNORE).sum().item()
+    monkeypatch.setattr(plan, "kept", lambda config, mode, job, pairs, P, S, labels: taken.append(labels) or 0)
+    plan.passing(small_model().config, "ddp", Job(loss=loss, max_length=P + S + 1, continuation=S))
+    assert taken[0] == pytest.approx(wanted, abs=2)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 @pytest.mark.parametrize("mode, half", [("ddp", False), ("ddp", True), ("lora", True), ("shard", True)])

@@ -475,7 +475,7 @@ def test_a_run_out_of_time_saves_and_goes_on_later(whole, world, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--seed", 7], "--seed 7 contradicts the saved run, which has 42"), (["--lr", 1e-3], "--lr 0.001 contradicts"), (["--loss", "orpo"], "--loss orpo contradicts"),
-    (["--preset", "tiny"], "leave out --preset"), (["--lora", 2], "--lora 2 contradicts"), (["--save-every", "x"], "--save-every")])
+    (["--preset", "tiny"], "--resume and --preset: each brings all settings"), (["--lora", 2], "--lora 2 contradicts"), (["--save-every", "x"], "--save-every")])
 def test_what_contradicts_the_saved_run_is_refused(copy, flags, words):
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     printed = resume(copy, *flags, code=2)

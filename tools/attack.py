@@ -12,7 +12,7 @@ A run is a child of this process, forked after everything is imported. Its model
 corner of the tiny world's. "Equal" means: weights, EMA, evaluation, samples and logs are those of the same run undisturbed, bit
 for bit, times apart. An attack that ends in anything but equal or refused (exit code 2, one line) is printed and counted as
 failed. Left out: several processes of one run (tests/test_ddp.py), full disks (tests/test_crash.py), and files that are damaged
-before a run begins (tools/fuzz.py). Needs fork, so no Windows.
+before a run begins (tools/fuzz.py). Needs fork and /dev/full, so Linux.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Talk to a trained model: one prompt, or turn by turn, with the checkpoint's chat template.
 
-    python tools/chat.py runs/NAME                        turn by turn; Ctrl-C stops an answer, Ctrl-D ends
+    python tools/chat.py runs/NAME                        turn by turn; Ctrl-C stops an answer, Ctrl-D ends (Windows: Ctrl-Z)
     python tools/chat.py runs/NAME --compare BASE         two models, one after the other
     python tools/chat.py runs/NAME --prompt "..."         one answer, for scripts; --prompt - reads it from the standard input
 
@@ -178,8 +178,9 @@ def main(argv=None):
         for speaker in speakers:         # once both are known to be there
             speaker.load(device, torch.bfloat16 if half else torch.float32)
         if not args.prompt and sys.stdin.isatty():
+            ends = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"
             how = "with its chat template" if speakers[0].text.template else "as plain text, for it has no chat template"
-            print(f"{args.model}, {how}. An empty line begins a new conversation, Ctrl-C stops an answer, Ctrl-D ends.")
+            print(f"{args.model}, {how}. An empty line begins a new conversation, Ctrl-C stops an answer, {ends} ends.")
         converse(args, speakers)
         return 0
     except BrokenPipeError:              # the reader has seen enough

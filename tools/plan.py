@@ -152,7 +152,7 @@ def passing(config, mode, job):
     D, I, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     S = min(job.continuation or job.max_length, job.max_length - 2)
     P = job.max_length - 1 - S
-    T, labels, m = P + 2 * S, 2 * S + (P if job.loss == "orpo" else 0), job.micro_batch
+    T, labels, m = P + 2 * S, 2 * S + (P if job.loss != "dpo" else 0), job.micro_batch
     rank = job.lora if mode == "lora" else 0
     sizes = shapes(config, rank)
     count = lambda keep: sum(math.prod(shape) for name, (shape, trained) in sizes.items() if keep(name, shape, trained))
