@@ -83,7 +83,7 @@ def sapo_step(state, draw, cfg, autocast=nullcontext):
 
     # Training: the policy learns from pairs drawn from the buffer, most of them some steps old.
     pairs = state.buffer.sample(n)                                                             # [6]
-    state.optimizer.zero_grad(set_to_none=not hasattr(state.policy, "no_sync"))  # DDP has buckets
+    clear_gradients(state.optimizer, state.policy)
     state.clock.lap("data")
     metrics = accumulate_gradient(state, pairs, cfg, autocast)                                 # [7]
     norm = optimizer_step(state.optimizer, state.policy, cfg.max_grad_norm)                    # [8]
@@ -227,6 +227,11 @@ def accumulate_gradient(state, pairs, cfg, autocast=nullcontext):
         state.clock.lap("backward")
     means = torch.cat(values, 1).mean(1).tolist()
     return dict(zip(["loss", *metrics], means)) | {"bad_rows": bad_rows}
+
+
+def clear_gradients(optimizer, policy):
+    """Forget the last gradients. DDP has buckets: beside them, new ones would be held twice."""
+    optimizer.zero_grad(set_to_none=not hasattr(policy, "no_sync"))
 
 
 def exchange_gradients(policy, last):

@@ -44,7 +44,8 @@ from machine.process import Diverged, Stopped, signals
 from machine.report import (Evaluation, Log, Moved, Pace, eval_pairs, introduction, model_card, pair_text,
                             passes, print_profile, show_pair, show_rows, table_text, write_samples)
 from model import own_parameters
-from sapo import State, copy_parameters, exchange_gradients, named_moments, optimizer_step, sapo_step
+from sapo import (State, clear_gradients, copy_parameters, exchange_gradients, named_moments, optimizer_step,
+                  sapo_step)
 
 KEPT = ("sft_step", "bad_steps", "evaluated", "table", "answers", "stands_on", "tokens")    # in a checkpoint
 OF_ALL = {"buffer/size", "gen/tokens_per_second", "gen/tokens", "train/tokens"}    # of all processes together
@@ -74,7 +75,7 @@ def make_optimizer(model, cfg):
 
 def sft_step(policy, optimizer, examples, cfg, autocast):
     """One step of SFT on chosen responses: the mean over rows of the mean NLL. Returns metrics."""
-    optimizer.zero_grad(set_to_none=not hasattr(policy, "no_sync"))
+    clear_gradients(optimizer, policy)
     device, total = next(policy.parameters()).device, 0.0
     bad_rows = []
     for i in range(0, len(examples), cfg.micro_batch):

@@ -162,7 +162,7 @@ def parse(argv, doc=None):
     preset, config = flags.pop("preset"), flags.pop("config")
     resume = flags.pop("resume")
     if len(given) > 1:
-        raise BadInput(f"{' and '.join(given)}: each brings all settings; give {given[0]} alone")
+        raise BadInput(f"{' and '.join(given)}: each brings all settings; give one of them")
     flags |= {name: absolute(flags[name]) for name in PATHS if name in flags}
     settings, saved = {}, {}
     if resume or config:

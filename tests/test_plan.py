@@ -134,6 +134,12 @@ def test_the_head_is_reckoned_with_the_labels_that_a_loss_has(loss, monkeypatch)
     assert taken[0] == pytest.approx(wanted, abs=2)
 
 
+@pytest.mark.parametrize("mode, times", [("ddp", 1), ("lora", 2), ("shard", 2)])
+def test_ddp_evaluates_with_caches_in_float32(mode, times):
+    caches = [plan.passing(small_model().config, mode, Job(half=half, lora=2))["KV cache"] for half in (True, False)]
+    assert caches[0] * times == caches[1]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
 @pytest.mark.parametrize("mode, half", [("ddp", False), ("ddp", True), ("lora", True), ("shard", True)])

@@ -242,7 +242,7 @@ REFUSED = {     # kind: ((how to make it so, the command line), words that the l
                                             "not the config.json of a run of this version", "write_ahead"),
     "rows for SFT, and no SFT": (flags("--sft-data rows.jsonl"), "--sft-data without --sft-steps", "give --sft-steps N"),
     "weight decay of an optimizer that has none": (flags("--weight-decay 0.1"), "--weight-decay 0.1", "--optimizer adamw"),
-    "a run to resume with a preset": (a_run({}, "--resume run --preset tiny"), "--resume and --preset", "give --resume alone"),
+    "a run to resume with a preset": (a_run({}, "--resume run --preset tiny"), "--resume and --preset", "give one of them"),
     "a run to resume with another loss": (a_run({}, "--resume run --loss orpo"), "--loss orpo contradicts the saved run", "'dpo'"),
     "a run to resume whose config is cut": (both(a_run({}, ""), (lambda f: (f / "run/config.json").write_text('{"settings": {'), ["--resume", "run"])),
                                             "run/config.json", "JSON"),

@@ -21,18 +21,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, oracle, randomise
+from conftest import ROOT, oracle, randomise, small_model
 from safetensors.torch import load_file, save_file
 
 import train
 from buffer import unpack
 from machine import parallel
-from machine.checkpoint import from_disk
+from machine.checkpoint import from_disk, load_optimizer, to_disk
 from machine.rows import Row
 from machine.text import Text
 from machine.flags import DATA, Config
 from machine.folders import companions, load_pretrained, save_pretrained
 from model import generate
+from sapo import named_moments
 
 EOS = 1                                                  # <|end|>, of the tiny tokenizer
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
@@ -569,6 +570,22 @@ def test_a_cpu_without_the_instructions_for_bfloat16_is_told_by_a_product(monkey
 
 def test_a_run_in_float32_says_nothing_of_bfloat16():
     assert not parallel.slow_dtype(torch.float32, torch.device("cpu"))
+
+
+def test_a_resumed_optimizer_has_its_moments_for_itself(tmp_path):
+    """Not as pages of the checkpoint's file, which goes when it is old."""
+    model = small_model()
+    optimizers = [torch.optim.AdamW(model.parameters()) for _ in range(2)]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizers[0].step()
+    to_disk(named_moments(model, optimizers[0]), "optimizer", tmp_path)
+    load_optimizer(tmp_path, model, optimizers[1])
+    path = tmp_path / "optimizer.safetensors"
+    with open(path, "r+b") as f:
+        f.write(bytes(path.stat().st_size))
+    saved, loaded = (named_moments(model, optimizer) for optimizer in optimizers)
+    assert all(torch.equal(loaded[name][moment], value) for name, moments in saved.items() for moment, value in moments.items())
 
 
 def test_large_tensors_come_in_huge_pages():

@@ -6,6 +6,7 @@ Oracles: scipy's t, a plain loop of supervised steps, the order of the rows.
 import dataclasses
 import itertools
 import json
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -433,6 +434,9 @@ def test_worked_arithmetic_passes_with_right_steps_and_the_form_of_its_end():
     passes_, good = real.Arithmetic().passes, "He has 3*4 = <<3*4=12>>12 eggs.\nThen <<12-2=10>>10.\n#### 10"
     assert passes_(good) and not passes_(good.replace("=10>>", "=11>>")) and not passes_(good + " eggs")
     assert not passes_("#### 10") and not passes_(good.split("\n####")[0])
+    with warnings.catch_warnings(record=True) as warned:                 # Python warns of what looks like a call
+        assert not real.right_step("3(4)", "12") and not real.right_step("(1+2) (4)", "12") and real.right_step("3*(4)", "12")
+    assert not warned
 
 
 def rows_file(path, prompts, answer):

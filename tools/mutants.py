@@ -253,7 +253,7 @@ MUTANTS = [
            "pairs = fresh",
            SAPO + "training_uses_the_drawn_pairs_not_the_fresh_ones"),
     Mutant("gradients of the last step are still there", "sapo.py",
-           "    state.optimizer.zero_grad(set_to_none=not hasattr(state.policy, \"no_sync\"))  # DDP has buckets\n",
+           "    clear_gradients(state.optimizer, state.policy)\n",
            "",
            SAPO + "a_gradient_that_is_not_finite_moves_nothing_and_is_seen"),
     Mutant("a gradient that is not finite is stepped on", "sapo.py",

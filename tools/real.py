@@ -136,7 +136,7 @@ TERM = re.compile(r"[\d.+\-*/() ]+")
 
 def right_step(asked, said):
     """Whether an annotation's two sides, as text, are equal; to a hundredth, as divisions are rounded."""
-    if not TERM.fullmatch(asked) or not re.fullmatch(r"-?[\d.]+", said) or "**" in asked:
+    if not TERM.fullmatch(asked) or not re.fullmatch(r"-?[\d.]+", said) or re.search(r"\*\*|[\d.)] *\(", asked):
         return False
     try:
         return abs(eval(asked, {"__builtins__": {}}) - float(said)) < 0.01       # of digits and signs alone
