@@ -141,7 +141,9 @@ def token_logps(hidden, weight, labels, chunk=0, keep=0):
 
 
 def _label_logps(rows, weight, targets):
-    logits = F.linear(rows, weight)                                        # (labels, V)
+    kind = rows.device.type
+    with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind), cache_enabled=False):
+        logits = F.linear(rows, weight)   # a cast that chunks share adds its gradients in bfloat16
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(logits, targets, reduction="none")             # (labels,)
 

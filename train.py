@@ -420,6 +420,7 @@ class Run:
             save_pretrained(model, self.out / name, inputs.written(), files, weights)
             if cfg.lora:
                 save_adapter(model, self.out / f"{name}_adapter", *inputs.origin())
+        self.world.all(None)                     # as in write_checkpoint
         return moved.line()
 
     def measure_written(self):
@@ -447,7 +448,7 @@ def begin(argv, world):
     """The Run for a command line; until it is prepared, a signal ends it at once."""
     signals.stop_at_once()
     command = world.together(lambda: parse(argv, __doc__.rpartition("\n\n")[0]))
-    world.place(command.cfg.device)
+    world.together(lambda: world.place(command.cfg.device))
     signals.again = process.command(*argv) if command.resume else ""         # with what was changed
     default = f"runs/{command.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     out = world.all(command.cfg.out or default)[0]

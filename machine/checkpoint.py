@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +98,13 @@ def write_checkpoint(folder, parts, keep, world):
     with new_folder(folder) if world.first else contextlib.nullcontext() as temporary:
         for name, value in parts.items():
             to_disk(value, name, temporary)
+            world.all(None)              # else others wait in NCCL for this disk, which has half an hour
         if world.first:
             files = sorted(temporary.iterdir())
-            write_json(temporary / "manifest.json", {p.name: [p.stat().st_size, checksum(p)] for p in files})
+            with ThreadPoolExecutor() as pool:           # hashing leaves the interpreter's lock alone
+                sums = pool.map(checksum, files)
+                manifest = {p.name: [p.stat().st_size, digest] for p, digest in zip(files, sums)}
+            write_json(temporary / "manifest.json", manifest)
     if world.first:
         flush(folder.parent.parent)
         found = checkpoints(folder.parent.parent)

@@ -36,8 +36,10 @@ class World:
         """Take a device: cpu, cuda, or auto."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and self.local >= torch.cuda.device_count() > 0:
+            raise BadInput(f"process {self.local} of this node has no GPU, as it has only "
+                           f"{torch.cuda.device_count()}; lower --nproc_per_node")
         self.device = torch.device(f"cuda:{self.local}" if device == "cuda" else device)
-        torch.backends.cuda.enable_cudnn_sdp(False)      # it makes a plan for each shape, and ours all differ
         if self.many and device == "cuda":
             torch.cuda.set_device(self.device)
 

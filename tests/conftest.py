@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"                      # before anything imports huggingface_hub
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                 # what is tested is exact, and not more than one GPU's
 for quiet in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRL_EXPERIMENTAL_SILENCE"):
     os.environ[quiet] = "1"
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}

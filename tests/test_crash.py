@@ -233,6 +233,16 @@ def test_pruning_never_takes_the_checkpoint_just_written(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step-00000005", "step-00000006"]
 
 
+def test_processes_wait_for_the_disk_after_each_part(tmp_path, monkeypatch):
+    """Else they would be at the next part's gathers while the first process writes, and NCCL gives them half an hour."""
+    done, world = [], World("cpu")
+    monkeypatch.setattr(checkpoint, "to_disk", lambda value, name, folder: done.append(name))
+    monkeypatch.setattr(world, "all", lambda value: done.append("all") or [value])
+    write_checkpoint(tmp_path / "checkpoint/step-00000001", {"policy": {}, "shared": {}, "own": {}}, 1, world)
+    assert [name for name in done if name != "all"] == ["policy", "shared", "rank-0"]
+    assert all(done[i + 1] == "all" for i, name in enumerate(done) if name != "all")
+
+
 # ---------------------------------------------------------------- signals
 
 def count_steps(name, number, signum, note):

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from buffer import unpack
 from machine import checkpoint, folders, parallel
 from machine.checkpoint import from_disk, redistribute
 from machine.dataset import Draw
+from machine.files import BadInput
 from machine.folders import blank, load_pretrained, plain_weights
 from machine.parallel import World, load_weights
 from model import add_lora, twin, unshard
@@ -500,6 +502,39 @@ def test_a_killed_process_ends_all_and_the_run_resumes(two, tmp_path):
         if kill_one(tmp_path / f"{attempt}", two[-1] / "ddp", random.Random(), 6 / (attempt + 1)):
             return
     pytest.fail("the job was always done before the process could be killed")
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_with_the_flags_that_the_pages_name(tmp_path):
+    """By itself torchrun dies of SIGUSR1 and leaves its processes behind."""
+    page = (ROOT / "docs/reliability.md").read_text("utf-8")
+    flags = re.search(r"--signals-to-handle=\S+ --shutdown-timeout=\d+", page)[0].split()
+    out = tmp_path / "run"
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", *flags, "train.py", "--out", str(out), *SHORT, "--steps", "900", "--max-minutes", "2"]
+    agent = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    while not metrics.exists() or '"step"' not in metrics.read_text():
+        assert agent.poll() is None
+        time.sleep(0.05)
+    workers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    agent.send_signal(signal.SIGUSR1)
+    said = agent.communicate(timeout=90)[1]
+    assert "and saved; go on with" in said and not any(map(alive, workers))
+    assert sorted((out / "checkpoint").glob("step-*/manifest.json"))
+
+
+@pytest.mark.parametrize("place, good", [("0", True), ("1", False)])
+def test_a_process_without_a_gpu_of_its_own_is_refused(place, good, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", place)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    world = World(None)
+    if good:
+        world.place("auto")
+        assert world.device == torch.device("cuda:0")
+    else:
+        with pytest.raises(BadInput, match="only 1; lower --nproc_per_node"):
+            world.place("auto")
 
 
 def kills(times, seed):

@@ -186,6 +186,23 @@ def test_rpos_weights_are_float32_under_autocast():
         assert torch.allclose(rpo_loss(*logps, prompts, 0.37, 0.1).value, want, rtol=1e-6, atol=0)
 
 
+def test_chunks_do_not_add_up_the_heads_gradient_in_bfloat16():
+    rng = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(256, size, generator=rng) for size in (16, 16))
+    labels, gradients = torch.randint(0, 256, (256,), generator=rng), {}
+    for chunk, dtype in [(0, torch.float64), (0, torch.float32), (4, torch.float32)]:
+        for keep in (0, 256):
+            w = weight.to(dtype, copy=True).requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.float32):
+                token_logps(hidden.to(dtype), w, labels, chunk, keep).sum().backward()
+            gradients[chunk, dtype, keep] = w.grad.double()
+    exact = gradients.pop((0, torch.float64, 0))
+    del gradients[0, torch.float64, 256]
+    errors = {key: (g - exact).norm().item() for key, g in gradients.items()}
+    whole = errors.pop((0, torch.float32, 0))
+    assert whole > 0 and max(errors.values()) < 1.2 * whole, (whole, errors)
+
+
 # ---------------------------------------------------------------- SimPO
 
 def test_simpo_is_what_a_loop_of_floats_says():

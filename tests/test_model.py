@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import model as code
 from buffer import Pair, collate
-from conftest import GEMMA, KINDS, NUMBERS, THETA, fits, oracle, random_texts, small_hf_model, small_model
+from conftest import GEMMA, KINDS, NUMBERS, ROOT, THETA, fits, oracle, random_texts, small_hf_model, small_model
 from fuzz import memory_limit
 from losses import preference_loss, score, scored_tokens
 from machine import folders
@@ -667,6 +669,12 @@ def test_it_is_refused_in_one_sentence(tmp_path, what):
         load_pretrained(folder)
     sentence = str(refusal.value)
     assert word in sentence and "\n" not in sentence and len(sentence) < 1000
+
+
+def test_cudnns_attention_is_off_wherever_the_model_is_used():
+    """It makes a plan for each shape, and the five lines of sapo.py know no World that could say so."""
+    said = "import sapo, torch; print(torch.backends.cuda.cudnn_sdp_enabled())"
+    assert subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
 # ---------------------------------------------------------------- sampling one token

@@ -216,6 +216,17 @@ def random_ids(n, vocab, seed):
     return torch.randint(1, vocab, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@contextmanager
+def their_kernels():
+    """All of torch's attention kernels, as transformers has them; model.py leaves one out."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@their_kernels()
 def their_generate(model, prompts, n, cache=True, **sampling):
     """transformers' generate: n tokens after each prompt (a list of ids), shorter prompts padded on the left."""
     width, device = max(map(len, prompts)), model.device
@@ -312,6 +323,7 @@ def their_trainer(policy, reference, cfg, autocast=nullcontext):
     trainer = trl_trainer(cfg.loss, policy, reference, cfg)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
 
+    @their_kernels()
     def step(pairs):
         policy.train()
         total = 0.0
