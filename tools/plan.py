@@ -117,7 +117,8 @@ def kept_by_block(c, P, S, wide, item, rank):
                       Gemma has four, and its x / rms is float32
     q, k, v           their input, where the matrices are trained; under autocast once for each, as each casts it anew
     attention         of both texts in full the kernel keeps q, k, v, output and log-sum-exp. With grouped heads k and v
-                      are expanded to H. A window's mask, which is there once for all pairs, is left out
+                      are expanded to H. A window's mask is left out: T * T bytes for all, or twice that in each
+                      block where the kernel makes numbers of it
     o                 its input, where it is trained
     MLP               the input (gate, up: as q, k, v), gate, silu(gate), up; and down's input, where it is trained
     LoRA              nothing but A x of each adapter: frozen matrices keep no input
