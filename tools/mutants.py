@@ -438,6 +438,14 @@ MUTANTS = [
            "return (rewards - rewards.mean(1, keepdim=True)) / (",
            "return rewards / (",
            PPO + "a_toy_reward_is_learned_whatever_its_level"),
+    Mutant("a recorded step reads at the place where it was recorded, so that all of a GPU's texts are wrong", "model.py",
+           "positions=lengths + made - 1, cache=cache",
+           "positions=lengths + step - 1, cache=cache",
+           "tests/test_graph.py::test_a_recorded_step_generates_the_same_texts"),
+    Mutant("all chunks of the head share one cast of its weight", "losses.py",
+           "cache_enabled=False",
+           "cache_enabled=True",
+           LOSSES + "chunks_do_not_add_up_the_heads_gradient_in_bfloat16"),
 ]
 
 class Stop(Exception):
