@@ -2,12 +2,14 @@
 
     python tools/real.py constraints --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl [...]
     python tools/real.py arithmetic  --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl
+    python tools/real.py again       --model DIR --data TRAIN.jsonl --eval-data EVAL.jsonl
     python tools/real.py constraints --report
 
 constraints   rows are any short instructions with their answers. Each prompt is given one of twelve demands ("Use exactly
               two sentences."), and its answer is edited so that it meets the demand; the answer as it was does not
 arithmetic    rows are worked sums as GSM8K writes them: <<3*4=12>> after each step, "#### 12" at the end. An answer
               passes if it ends so, holds such steps, and each of them is right; whether it solves the problem is not asked
+again         arithmetic once more for one claim, SAPO-ORPO over SFT, with other seeds
 
 All else is as in tools/study.py, whose options this takes too: a base for each seed by SFT, here of a checkpoint that
 can chat already; every variant from the seed's base; a line a run in NAME.jsonl, so that it goes on where it was stopped.
@@ -167,6 +169,15 @@ class Arithmetic(Real):
         return [row for row in made if not self.passes(row[2])]
 
 
+class Again(Arithmetic):
+    """One claim of arithmetic once more, with fresh seeds and the rates that were chosen then."""
+    name, words = "again", ["again"]
+    studied = computed = in_pairs = ("SFT", "SAPO-ORPO")
+    relatives = {variant: Real.relatives[variant] for variant in studied}
+    claims, bases = {"SAPO-ORPO over SFT, again": studied[::-1]}, {"base": 1}
+    first_seed, seeds, first, tried = 4, 4, {"orpo": (3e-5,)}, 1
+
+
 # ----------------------------------------------------------------------------- demands on real answers
 def sentences(answer):
     return [part for part in re.split(r"(?<=[.!?])\s+", answer.strip()) if part]
@@ -230,7 +241,7 @@ class Constraints(Real):
 
 def main(argv=None):
     """Takes the task and its files, and leaves the rest to tools/study.py."""
-    argv, tasks = sys.argv[1:] if argv is None else argv, {task.name: task for task in (Arithmetic, Constraints)}
+    argv, tasks = sys.argv[1:] if argv is None else argv, {task.name: task for task in (Arithmetic, Again, Constraints)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, add_help=False)
     parser.add_argument("task", choices=tasks)

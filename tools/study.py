@@ -114,7 +114,8 @@ class Study:
     grid = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     first = {"dpo": (3e-6, 1e-5, 3e-5), "orpo": (3e-5, 1e-4, 3e-4)}  # tried at once; then outward while the best is the last
     tried = 5                                        # rates of a variant at most
-    seeds, steps, tokens, sft_steps = 5, 96, 185_000, 1000
+    first_seed, seeds = 1, 5                         # the first one chooses the rates; how many
+    steps, tokens, sft_steps = 96, 185_000, 1000
     token_parts = (0.5, 1)                           # of the tokens, where a run is measured
     sampled = True                                   # whether answers are sampled as well
     computed = ("SAPO-DPO", "every 2nd", "every 4th", "every 8th", "SPIN", "on-policy", "SFT", "SAPO-ORPO")     # in the picture of tokens
@@ -154,25 +155,28 @@ class Study:
 
     def chosen_rate(self, variant, found):
         """(the learning rate of a variant or None, the runs that choosing it still needs): the best of its loss's first
-        on the validation rows of seed 1, of equals the largest; while it is the last on its side, the next one outward is
-        tried."""
+        on the validation rows of the first seed, of equals the largest; while it is the last on its side, the next one
+        outward is tried."""
         variant = self.alike.get(variant, variant)
         words = self.relatives[variant][0].split()
         rates = list(self.first["orpo" if "orpo" in words else "dpo"])
         while True:
-            missing = [(variant, lr, 1) for lr in rates if (variant, lr, 1) not in found]
+            missing = [(variant, lr, self.first_seed) for lr in rates if (variant, lr, self.first_seed) not in found]
             if missing:
                 return None, missing
-            scores = [at(found[variant, lr, 1], "steps 1")["validation"] for lr in rates]
+            scores = [at(found[variant, lr, self.first_seed], "steps 1")["validation"] for lr in rates]
             best = max(range(len(rates)), key=lambda i: (scores[i], i))
             place = self.grid.index(rates[best]) + (1 if best else -1)
             if 0 < best < len(rates) - 1 or len(rates) == self.tried or not 0 <= place < len(self.grid):
                 return rates[best], []
             rates = sorted([*rates, self.grid[place]])
 
+    def all_seeds(self):
+        return range(self.first_seed, self.first_seed + self.seeds)
+
     def todo(self, found, variants):
         """The runs that can be started now, the most important first."""
-        seeds = range(1, self.seeds + 1)
+        seeds = self.all_seeds()
         runs = [("base", None, seed) for seed in seeds]
         if not found.keys() >= {*runs}:                  # a variant's line names the base it begins from
             variants = ()
@@ -435,7 +439,7 @@ class Results:
 
     def __init__(self, found, study=Study()):
         self.found, self.study = found, study
-        self.seeds = range(1, study.seeds + 1)
+        self.seeds = study.all_seeds()
         self.runs, self.rates = {}, {}
         for variant in [*study.bases, *study.relatives]:
             lr = None if variant in study.bases else study.chosen_rate(variant, found)[0]
@@ -547,7 +551,7 @@ def ends(runs, looks):
 def tuning_table(r):
     tried = {}
     for (variant, lr, seed), row in sorted(r.found.items(), key=str):
-        if lr and seed == 1:
+        if lr and seed == r.study.first_seed:
             tried.setdefault(variant, {})[lr] = at(row, "steps 1")["validation"]
     return markdown(["variant", "lr: score"], [
         [variant, ", ".join(f"{lr:g}: {tried[variant][lr]:.3f}" for lr in sorted(tried[variant]))]
