@@ -337,11 +337,11 @@ def test_nothing_that_was_trained_is_held_while_the_folder_is_measured(world, tm
 
     def load(*arguments):
         gc.collect()
-        held.append([o for o in gc.get_objects() if isinstance(o, (train.State, torch.optim.Optimizer)) or type(o).__name__ == "Transformer"][:])
+        held.append([o for o in gc.get_objects() if issubclass(type(o), (train.State, torch.optim.Optimizer)) or type(o).__name__ == "Transformer"][:])
         return original(*arguments)
 
     gc.collect()
-    before = sum(isinstance(o, (train.State, torch.optim.Optimizer)) or type(o).__name__ == "Transformer" for o in gc.get_objects())
+    before = sum(issubclass(type(o), (train.State, torch.optim.Optimizer)) or type(o).__name__ == "Transformer" for o in gc.get_objects())
     monkeypatch.setattr(train, "load_pretrained", load)
     assert train.main([*map(str, world), *more, "--out", str(tmp_path / "run")]) == 0
     assert [len(objects) for objects in held] == [before]

@@ -87,7 +87,7 @@ def test_the_preset_is_what_the_documents_say_of_it():
     assert (plain.buffer_size, plain.batch_size) == (16 * study.BATCH, study.BATCH)
 
 
-@pytest.mark.parametrize("plan", [study.Study(), real.Arithmetic(), real.Constraints()], ids=lambda plan: plan.name)
+@pytest.mark.parametrize("plan", [study.Study(), real.Arithmetic(), real.Again(), real.Constraints()], ids=lambda plan: plan.name)
 def test_a_claim_is_about_variants_that_are_studied(plan):
     assert {name for pair in plan.claims.values() for name in pair} <= set(plan.studied) <= set(plan.relatives)
     assert {*plan.alike, *plan.alike.values(), *plan.computed, *plan.in_pairs} <= set(plan.studied)
