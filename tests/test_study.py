@@ -102,8 +102,8 @@ def test_the_documents_have_the_table_of_variants():
     assert study.relatives(study.Study()) in documents(), "paste what this prints: python tools/study.py --relatives"
 
 
-@pytest.mark.parametrize("plan", [study.Study(), real.Constraints(), real.Arithmetic()],
-                         ids=["tiny", "constraints", "arithmetic"])
+@pytest.mark.parametrize("plan", [study.Study(), real.Constraints(), real.Arithmetic(), real.Again()],
+                         ids=["tiny", "constraints", "arithmetic", "again"])
 def test_the_tables_are_those_of_the_numbers_beside_them(plan):
     found = study.read(ROOT / f"docs/figures/{plan.name}.jsonl")
     tables = study.page(study.report(study.Results(found, plan)), plan)
