@@ -20,9 +20,10 @@ class World:
     """This process among all: rank, size, device. Without torchrun it is alone, and calls return at once."""
 
     def __init__(self, device="auto"):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
-        self.first, self.many = self.rank == 0, "RANK" in os.environ
+        place = os.environ if "RANK" in os.environ else {}       # a scheduler may set WORLD_SIZE alone
+        self.rank, self.size = int(place.get("RANK", 0)), int(place.get("WORLD_SIZE", 1))
+        self.first, self.many = self.rank == 0, bool(place)
+        self.local = int(place.get("LOCAL_RANK", 0))
         self.group = None
         if self.many:            # before flags are read, so that what one refuses, all refuse
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -412,6 +412,15 @@ def test_the_line_to_go_on_with_starts_as_many_processes(environment, line, monk
     assert process.command("--resume", Path("a run")) == line
 
 
+def test_a_schedulers_world_size_alone_makes_no_second_process(monkeypatch):
+    """It halved the batch, the loss and the held-out rows in silence."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    world = World("cpu")
+    assert (world.size, world.rank, world.local, world.many) == (1, 0, 0, False)
+
+
 # ---------------------------------------------------------------- numbers beyond all sense
 
 @pytest.mark.parametrize("flags", ["--batch-size 1000000000 --buffer-size 1000000000", "--sft-batch-size 1000000000000 --sft-steps 1", "--generate-ahead 1000000000000"])
