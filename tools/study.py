@@ -479,7 +479,7 @@ def report(r):
         rows = claims(r, mark)
         if rows and n > 1:
             lines += [f"\nThe claims at {name}: differences seed by seed, p of a paired t-test, and Holm's correction over "
-                      f"{len(r.study.claims)} claims:\n",
+                      f"{len(r.study.claims)} claim{'s' * (len(r.study.claims) > 1)}:\n",
                       markdown(["claim", "difference", "mean", "won, lost prompts", "p", "Holm's p", "here"], rows)]
     lines += ["\nIs y- worse, and where? Fresh pairs, first and last quarter of a run, all seeds:\n",
               markdown(["variant", *r.looks.values()], [[v, *ends(runs, r.looks)] for v, runs in r.runs.items() if runs[0]["pairs"]]),
