@@ -523,12 +523,12 @@ def test_a_signal_to_torchrun_saves_with_the_flags_that_the_pages_name(tmp_path)
     assert sorted((out / "checkpoint").glob("step-*/manifest.json"))
 
 
-@pytest.mark.parametrize("place, good", [("0", True), ("1", False)])
+@pytest.mark.parametrize("place, good", [(0, True), (1, False)])
 def test_a_process_without_a_gpu_of_its_own_is_refused(place, good, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     world = World(None)
+    world.local = place                                  # as torchrun's LOCAL_RANK says
     if good:
         world.place("auto")
         assert world.device == torch.device("cuda:0")
